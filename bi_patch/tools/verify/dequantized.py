@@ -1,6 +1,7 @@
 """The dequantized weights of a checkpoint, read from its files: what a quantized linear should multiply with.
 
-Formats: INT8 with a scale for each output, FP8 in blocks of 128 x 128, and 4 bits of AWQ, GPTQ and compressed-tensors.
+Formats: INT8 and FP8 with a scale for each output or for a weight, FP8 in blocks of 128 x 128, and 4 bits of AWQ, GPTQ
+and compressed-tensors.
 vLLM's own unpacking takes no part, so a weight that vLLM unpacks wrongly shows in the comparison with fp64.
 """
 
@@ -36,9 +37,7 @@ class Checkpoint:
 
         Raises KeyError if the checkpoint has no tensors of these names.
         """
-        owner, _, name = path.rpartition(".")
-        parts = [self._part(f"{owner}.{part}" if owner else part) for part in self._merged.get(name, [name])]
-        whole = torch.cat(parts)
+        whole = torch.cat([self._part(part) for part in self._parts(path)])
         return whole if dtype is None else whole.to(dtype).double()
 
     def _part(self, name: str) -> torch.Tensor:
@@ -47,17 +46,42 @@ class Checkpoint:
         if f"{name}.qweight" in self._files:
             return self._awq(name) if self._method == "awq" else self._gptq(name)
         weight = self._get(f"{name}.weight").double()
-        if f"{name}.weight_scale_inv" in self._files:
+        scale = self._get(self._scale(name)).double()
+        if scale.ndim == 2 and scale.shape[1] > 1 or f"{name}.weight_scale_inv" in self._files:
             n, k = weight.shape
-            scale = self._get(f"{name}.weight_scale_inv").double().repeat_interleave(128, 0)[:n]
-            return weight * scale.repeat_interleave(128, 1)[:, :k]
-        return weight * self._get(f"{name}.weight_scale").double().reshape(-1, 1)
+            return weight * scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        return weight * scale.reshape(-1, 1)
+
+    def _scale(self, name: str) -> str:
+        """The name of a part's scales. Those of blocks have one of two names."""
+        inverse = f"{name}.weight_scale_inv"
+        return inverse if inverse in self._files else f"{name}.weight_scale"
 
     def static_scale(self, path: str) -> float:
         """The activations' scale of vLLM's layer at `path`: the largest of its parts. Raises KeyError as `weight`."""
+        return max(float(self._get(f"{part}.input_scale").float().max()) for part in self._parts(path))
+
+    def has_scales(self, path: str) -> bool:
+        """Whether the weights of a layer at `path` have scales of 8-bit weights."""
+        return any(self._scale(part) in self._files for part in self._parts(path))
+
+    def plain(self, path: str) -> torch.Tensor:
+        """The unquantized weight [N, K] of a layer at `path`, in fp64. Raises KeyError as `weight`, and if a part has
+        8 bits."""
+        parts = [self._get(f"{part}.weight") for part in self._parts(path)]
+        if any(part.element_size() == 1 for part in parts):
+            raise KeyError(f"{path}: a weight of 8 bits without a scale")
+        return torch.cat(parts).double()
+
+    def one_scale(self, path: str) -> float | None:
+        """The largest of the scales of a layer at `path`, if each of its parts has one scale for its weight, else None.
+        Raises KeyError as `weight`."""
+        scales = [self._get(self._scale(part)).float() for part in self._parts(path)]
+        return max(float(scale) for scale in scales) if all(scale.numel() == 1 for scale in scales) else None
+
+    def _parts(self, path: str) -> list[str]:
         owner, _, name = path.rpartition(".")
-        parts = (f"{owner}.{part}.input_scale" for part in self._merged.get(name, [name]))
-        return max(float(self._get(part).float().max()) for part in parts)
+        return [f"{owner}.{part}" if owner else part for part in self._merged.get(name, [name])]
 
     def _get(self, name: str) -> torch.Tensor:
         from safetensors import safe_open

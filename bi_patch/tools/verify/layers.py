@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from bi_patch.tools.verify import eighths
 from bi_patch.tools.verify.engine import LocalEngine
 from bi_patch.tools.verify.runner import model_runner
 
@@ -38,14 +39,14 @@ def _convolution(module: torch.nn.Module) -> bool:
 
 
 def quantized(engine: LocalEngine) -> Iterator[tuple[str, torch.nn.Module, str]]:
-    """Every quantized linear with a route on CPU, or with packed weights or INT8 on CUDA: (path, layer, its scheme in
-    words, e.g. "W4A8 groups of 128")."""
+    """Every quantized linear with a route on CPU, or with packed weights, INT8 or FP8 on CUDA: (path, layer, its scheme
+    in words, e.g. "W4A8 groups of 128")."""
     if engine.info.platform != "cpu":
         for name, module in model(engine).named_modules():
             kernel = packed_kernel(module)
             if kernel is not None:
                 yield name, module, f"W{kernel.config.weight_type.size_bits}A16 groups of {kernel.bi_patch_group}"
-            elif scheme := _integers(module):
+            elif scheme := _integers(module) or eighths.scheme(module):
                 yield name, module, scheme
         return
     from bi_patch.ops.cpu import quantized as routes
@@ -68,11 +69,7 @@ def _kernels(module: torch.nn.Module) -> Iterator[object]:
 
 
 def _integers(module: torch.nn.Module) -> str:
-    """The scheme of a linear with weights and activations in INT8 on CUDA, "" for others.
-
-    FP8 is left out: vLLM rounds weights in blocks again, to scales that are powers of two, and gives all parts of a
-    merged layer with one scale for a weight one scale. So these weights are not the checkpoint's.
-    """
+    """The scheme of a linear with weights and activations in INT8 on CUDA, "" for others."""
     for kernel in _kernels(module):
         if type(kernel).__name__ == "CutlassInt8ScaledMMLinearKernel":
             return f"W8A8 cutlass{' static' if kernel.config.is_static_input_scheme else ''}"

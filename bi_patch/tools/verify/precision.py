@@ -9,7 +9,7 @@ LIMIT is 2 ** -20: fp32 sums of up to 16,384 products stay eight times below thi
 
 A quantized linear is compared with fp64 on the dequantized weight of the checkpoint's files. If its scheme rounds
 activations to INT8, `exact` is the product of the rounded rows. Elements within NEAR of the middle between two integers
-are zero in the data, because a kernel may round them to either.
+are zero in the data, because a kernel may round them to either. FP8 on CUDA: bi_patch.tools.verify.eighths.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _COLUMNS = 4096  # outputs that are compared at most, for wide layers
 
 
 class Imprecise(msgspec.Struct, frozen=True):
-    """A layer's largest error. excess: the error divided by the allowed error; above 1 fails. rows: M of the error."""
+    """A layer's largest error. excess: the error divided by the allowed error; above 1 fails. rows: M of the error, 0
+    if the loaded weight itself is too far from the checkpoint's."""
 
     module: str
     seam: str
@@ -63,8 +64,8 @@ class Precision(msgspec.Struct, frozen=True):
         first = self.failed[0]
         return (
             f"The products of {len(self.failed)} of {self.layers} linears are NOT as accurate as fp32 sums. The first "
-            f"is {first.module}, with {first.excess:.0f} times the allowed error at M={first.rows} "
-            f"(patch point {first.seam})."
+            f"is {first.module}, with {first.excess:.0f} times the allowed error "
+            f"{f'at M={first.rows}' if first.rows else 'of its loaded weight'} (patch point {first.seam})."
         )
 
 
@@ -85,7 +86,7 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
     """
     import torch
 
-    from bi_patch.tools.verify import layers, owners
+    from bi_patch.tools.verify import eighths, layers, owners
     from bi_patch.tools.verify.runner import NotTraceable
 
     seams = owners.Owners()
@@ -114,19 +115,21 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
         made = engine.options.random_weights is not None  # made weights have no files to compare with
         for name, layer, scheme in () if made else layers.quantized(engine):
             try:
-                held = _checkpoint(engine)
-                w = held.weight(name, None if "A8" in scheme else _dtype(engine))
-                scale = held.static_scale(name) if scheme.endswith(("onednn static", "cutlass static")) else None
+                held, dtype = _checkpoint(engine), _dtype(engine)
+                if scheme in eighths.SCHEMES:
+                    *found, (n, k) = eighths.compare(layer, name, scheme, held, dtype, ROWS)
+                else:
+                    *found, (n, k) = _compare(layer, name, scheme, held, dtype)
             except (KeyError, OSError) as error:
                 missing = missing or f"the checkpoint has no tensors for {name} ({error})"
                 continue
-            errors = [(_quantized(layer, w, scheme, _dtype(engine), m, scale), m) for m in ROWS]
-            found = max(errors, key=lambda pair: pair[0])
+            except ValueError as error:
+                missing = missing or f"the weight of {name} lies in no known way ({error})"
+                continue
             count += 1
-            outputs += sum(ROWS) * w.shape[0]
+            outputs += sum(ROWS) * n
             worst = max(worst, found[0])
             if found[0] > 1:
-                n, k = w.shape
                 seam = seams.seam(layer, name, "linear") or "quantized"
                 failed.append(Imprecise(name, seam, n, k, scheme, found[1], found[0]))
     if missing:
@@ -146,6 +149,13 @@ def _checkpoint(engine: LocalEngine):
     from bi_patch.tools.verify import dequantized, layers
 
     return dequantized.Checkpoint(engine.options.model, getattr(layers.model(engine), "packed_modules_mapping", {}))
+
+
+def _compare(layer, name: str, scheme: str, checkpoint, dtype) -> tuple[float, int, tuple[int, int]]:
+    """The largest error of a quantized linear, divided by the allowed error; M of this error; the weight's sizes."""
+    w = checkpoint.weight(name, None if "A8" in scheme else dtype)
+    scale = checkpoint.static_scale(name) if scheme.endswith(("onednn static", "cutlass static")) else None
+    return *max((_quantized(layer, w, scheme, dtype, m, scale), m) for m in ROWS), w.shape
 
 
 def _quantized(layer, w, scheme: str, dtype, m: int, scale: float | None = None) -> float:
