@@ -139,23 +139,29 @@ def _near(held: Loaded, want: torch.Tensor, merged_scale: float | None, made: bo
     off = (held.dequantized() - want).abs()
     if not bool(off.any()):
         return 0.0
-    scale = held.scales()
+    scale, slack, rounded = held.scales(), 0.0, torch.zeros_like(want, dtype=torch.bool)
+    if held.blocks:
+        powers = spread(torch.frexp(held.scale).mantissa == 0.5, *want.shape)
     if made:
         extent = _extent(held, want) if most is None else torch.full_like(want, most)
-        rounded, slack = scale <= 2 * extent.clamp_min(_FLOOR_OF_MADE) / _MOST, 0.0
+        rounded = scale <= 2 * extent.clamp_min(_FLOOR_OF_MADE) / _MOST
+        if held.blocks:  # a block is rounded to its least scale, and then to a power of two
+            slack = torch.where(powers, _half(want.abs(), extent.clamp_min(_FLOOR) / _MOST), 0.0)
     elif held.blocks:
-        powers = torch.frexp(held.scale).mantissa == 0.5
-        limit = spread(2 * _largest(want).clamp_min(_FLOOR) / _MOST, *want.shape)
-        rounded, slack = spread(powers, *want.shape) & (scale < limit), 0.0
+        rounded = powers & (scale < 2 * _extent(held, want).clamp_min(_FLOOR) / _MOST)
     elif merged_scale is not None:
         rounded, slack = scale == merged_scale, want.abs() * _FP16[0] + _FP16[1]
-    else:
-        rounded, slack = torch.zeros_like(scale, dtype=torch.bool), 0.0
-    exponent = (torch.frexp((want.abs() + slack) / scale).exponent - 1).clamp_min(_LEAST)
-    half = torch.ldexp(scale, exponent - _BITS - 1)
-    allowed = torch.where(rounded, (half + slack) * (1 + 2.0**-16), 0.0)
+    allowed = torch.where(rounded, (_half(want.abs() + slack, scale) + slack) * (1 + 2.0**-16), 0.0)
     excess = torch.where(off == 0, 0.0, off / allowed)
     return float(torch.nan_to_num(excess, nan=torch.inf, posinf=torch.inf).max())
+
+
+def _half(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Half a step of e4m3 at a value, in the value's unit."""
+    import torch
+
+    exponent = (torch.frexp(value / scale).exponent - 1).clamp_min(_LEAST)
+    return torch.ldexp(scale, exponent - _BITS - 1)
 
 
 def _extent(held: Loaded, want: torch.Tensor) -> torch.Tensor:
