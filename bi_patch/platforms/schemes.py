@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 TENSOR, CHANNEL = "tensor", "channel"
@@ -100,16 +101,24 @@ def of(config: Any) -> tuple[Scheme, ...]:
     if held is None:
         return (_ONLINE["fp8"] if method == "fp8" else Scheme(method, other="its config.json does not describe it"),)
     said = str(held.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
+    heads = _heads(model)
     if method == WNA16 and said in _WNA16_OF:
-        return _uniform(_read(said, held))
+        return _uniform(_read(said, held, heads))
     if _METHODS.get(said, said) != method or method not in _READERS:
         return (Scheme(method, other=f"a checkpoint of method {said!r}"),)
-    return _read(method, held)
+    return _read(method, held, heads)
 
 
-def _read(method: str, held: Mapping[str, Any]) -> tuple[Scheme, ...]:
+def _heads(model: Any) -> tuple[str, ...]:
+    """The names that vLLM may give the language-model head. A language model inside of another model has a prefix."""
+    whole = getattr(model, "hf_config", None)
+    inside = getattr(model, "hf_text_config", whole) is not whole
+    return ("lm_head", "language_model.lm_head") if inside else ("lm_head",)
+
+
+def _read(method: str, held: Mapping[str, Any], heads: tuple[str, ...]) -> tuple[Scheme, ...]:
     try:
-        return tuple(dict.fromkeys(_READERS[method](held)))
+        return tuple(dict.fromkeys(_READERS[method](held, heads)))
     except (TypeError, ValueError, KeyError, AttributeError, re.error) as error:
         return (Scheme(method, other=f"a configuration that cannot be read ({type(error).__name__}: {error})"),)
 
@@ -170,7 +179,7 @@ _NOTES = "quant_method version quantizer meta backend damp_percent true_sequenti
 _AWQ = _NOTES + "bits w_bit group_size q_group_size zero_point modules_to_not_convert lm_head do_fuse fuse_max_seq_len"
 
 
-def _awq(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _awq(held: Mapping[str, Any], _: tuple[str, ...]) -> Iterator[Scheme]:
     bits, group = held.get("bits", held.get("w_bit")), held.get("group_size", held.get("q_group_size"))
     packing = str(held.get("version", "gemm")).lower()
     other = _unknown(held, _AWQ) or ("" if packing == "gemm" else f"packing {packing!r}")
@@ -193,7 +202,7 @@ _GPTQ = _NOTES + (
 _OVERRIDES = {"bits", "group_size", "desc_act", "sym"}
 
 
-def _gptq(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _gptq(held: Mapping[str, Any], _: tuple[str, ...]) -> Iterator[Scheme]:
     packing = str(held.get("checkpoint_format") or "gptq")
     other = _unknown(held, _GPTQ) or ("" if packing in ("gptq", "gptq_v2") else f"packing {packing!r}")
     rules = [rule for name, rule in (held.get("dynamic") or {}).items() if not name.startswith("-:")]
@@ -219,7 +228,7 @@ _FP8 = (
 _POWERS = "ue8m0"
 
 
-def _fp8(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _fp8(held: Mapping[str, Any], _: tuple[str, ...]) -> Iterator[Scheme]:
     block, kind = held.get("weight_block_size"), held.get("activation_scheme", "dynamic")
     # MiniMax-M2 names PyTorch's type.
     known = held.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
@@ -248,7 +257,7 @@ _PACKINGS = ("int-quantized", "float-quantized", "pack-quantized", "naive-quanti
 _NOTED = {"observer", "observer_kwargs", "zp_dtype"}
 
 
-def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _compressed(held: Mapping[str, Any], heads: tuple[str, ...]) -> Iterator[Scheme]:
     other = _unknown({name: value for name, value in held.items() if name != _CACHE}, _TENSORS)
     if held.get(_CACHE) and not _eighth_cache(held[_CACHE]):
         other = other or "with another KV cache than FP8 with static scales, one for a layer or for each key head"
@@ -267,7 +276,7 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
             weight.scale,
             zeros=not weight.symmetric,
             order=weight.order,
-            head=_takes_head(targets) and not _takes_head(held.get("ignore") or ()),
+            head=any(_targets(targets, head) and not _named(held.get("ignore") or (), head) for head in heads),
             other=odd or weight.other or (f"targets {', '.join(strange)}" if strange else ""),
         )
         if weight.dynamic:
@@ -284,16 +293,20 @@ def _compressed(held: Mapping[str, Any]) -> Iterator[Scheme]:
         yield made
 
 
-def _takes_head(names: Iterable[str]) -> bool:
-    """Whether one of these names or expressions ("re:...") is that of a head. vLLM compares expressions from a name's
-    beginning."""
-    return any(
-        any(re.match(name[3:], head) for head in _HEADS) if name.startswith("re:") else name.endswith("lm_head")
-        for name in names
+def _named(names: Iterable[str], head: str) -> bool:
+    """Whether vLLM finds a head in such a list: a whole name, or an expression ("re:...") from the name's beginning."""
+    return any(re.match(name[3:], head) if name.startswith("re:") else name == head for name in names)
+
+
+def _targets(targets: Iterable[str], head: str) -> bool:
+    """Whether a group of compressed-tensors may quantize a head. vLLM compares expressions with its class, too, and
+    renames a head that has a prefix."""
+    return _named(targets, head) or any(
+        re.match(name[3:], "ParallelLMHead") if name.startswith("re:") else name.endswith(".lm_head")
+        for name in targets
     )
 
 
-_HEADS = ("lm_head", "language_model.lm_head")
 _CACHE = "kv_cache_scheme"
 
 
@@ -369,7 +382,7 @@ def _args(held: Mapping[str, Any]) -> _Args:
     )
 
 
-def _mxfp4(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _mxfp4(held: Mapping[str, Any], _: tuple[str, ...]) -> Iterator[Scheme]:
     yield Scheme("mxfp4", "mxfp4", "32", other=_unknown(held, _NOTES + "modules_to_not_convert"))
 
 
@@ -382,7 +395,7 @@ _ROUND = _NOTES + (
 _ROUND_PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
 
 
-def _auto_round(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _auto_round(held: Mapping[str, Any], heads: tuple[str, ...]) -> Iterator[Scheme]:
     """AutoRound's integers in the packing of GPTQ without zero points, or of AWQ with them."""
     packing = str(held.get("packing_format") or "auto_round:auto_gptq")
     backend = str(held.get("backend") or held.get("vllm_backend") or "auto")
@@ -391,6 +404,9 @@ def _auto_round(held: Mapping[str, Any]) -> Iterator[Scheme]:
     other = other or ("" if held.get("data_type", "int") == "int" else f"data type {held['data_type']!r}")
     other = other or ("" if int(held.get("act_bits") or 16) >= 16 else "quantized activations")
     layers = dict(held.get("extra_config") or {})
+    blocks = next((held[name] for name in ("block_name_to_quantize", "to_quant_block_names") if name in held), None)
+    blocks = blocks.split(",") if isinstance(blocks, str) else blocks or ()
+    in_blocks = any(head.startswith(block) for head in heads for block in blocks)
     for name, rule in {"": {}, **layers}.items():
         said = {**held, **rule}
         if int(said["bits"]) >= 16:
@@ -402,9 +418,14 @@ def _auto_round(held: Mapping[str, Any]) -> Iterator[Scheme]:
             f"int{int(said['bits'])}",
             _group(said["group_size"]),
             zeros=zeros,
-            head=bool(name) and _takes_head((name, f"re:.*?(?:{name})")),
+            head=any(_by_rule(name, head) for head in heads) if name else in_blocks,
             other=other or (f"packing {packing!r} {'with' if zeros else 'without'} zero points" if strange else ""),
         )
+
+
+def _by_rule(name: str, head: str) -> bool:
+    """Whether a rule of AutoRound may be a head's: its whole name, the end of a longer name, or an expression."""
+    return name.endswith("lm_head") or re.search(name, head) is not None
 
 
 _MODELOPT = (
@@ -420,7 +441,7 @@ _ALGORITHMS = {
 }
 
 
-def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _modelopt(held: Mapping[str, Any], heads: tuple[str, ...]) -> Iterator[Scheme]:
     """NVIDIA's Model Optimizer names an algorithm for all layers, or one for each layer (MIXED_PRECISION)."""
     said = _inner(held)
     whole = str(said["quant_algo"]).upper()
@@ -432,9 +453,9 @@ def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
         other = other or "with another KV cache than FP8 with one static scale for a layer"
     groups = list((held.get("config_groups") or {}).values())
     yield from () if layers else (Scheme("modelopt", other=other),)
-    # One algorithm for all layers is the head's, too, unless the file leaves the head out.
-    left_out = (*(said.get("ignore") or ()), *(said.get("exclude_modules") or ()))
-    whole_head = whole != "MIXED_PRECISION" and not any("lm_head" in name for name in left_out)
+    # vLLM reads one list: that of the older files, or the first name of two.
+    left_out = said.get("exclude_modules") if said is not held else held.get("ignore", held.get("exclude_modules"))
+    open_heads = [head for head in heads if not _excluded(left_out or (), head)]
     for name, layer in layers.items():
         algorithm = str(layer["quant_algo"]).upper()
         if algorithm == whole == "NVFP4" and groups and not any(group.get("input_activations") for group in groups):
@@ -443,7 +464,14 @@ def _modelopt(held: Mapping[str, Any]) -> Iterator[Scheme]:
         sizes = (layer, said, *(group.get("weights") or {} for group in groups))
         if made.weight == "nvfp4" and any(int(part.get("group_size") or 16) != 16 for part in sizes):
             made = replace(made, other="groups of another size than 16")
-        yield replace(made, head=whole_head or name.endswith("lm_head"), other=made.other or other)
+        # One algorithm for all layers is the head's, too.
+        takes = not name or name.endswith("lm_head") or any(name.startswith(f"{head}.") for head in heads)
+        yield replace(made, head=takes and bool(open_heads), other=made.other or other)
+
+
+def _excluded(left_out: Iterable[str], head: str) -> bool:
+    """Whether ModelOpt's list leaves a head unquantized: vLLM looks for a part of the head's name, or for a wildcard."""
+    return any(name in head or fnmatchcase(head, name) for name in left_out)
 
 
 def _modelopt_cache(said: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
@@ -464,7 +492,7 @@ _QUARK_TENSOR = (
 )
 
 
-def _quark(held: Mapping[str, Any]) -> Iterator[Scheme]:
+def _quark(held: Mapping[str, Any], _: tuple[str, ...]) -> Iterator[Scheme]:
     """AMD Quark in FP8: static activations, or scales per channel with activations per token. And in NVFP4."""
     other = _unknown(held, _QUARK) or ("rules by the type of a layer" if held.get("layer_type_quant_config") else "")
     for group in (held["global_quant_config"], *(held.get("layer_quant_config") or {}).values()):

@@ -31,6 +31,7 @@ NVFP4 = INT4 | {"type": "float", "strategy": "tensor_group", "group_size": 16}
 NVFP4_ROWS = NVFP4 | {"dynamic": "local", "scale_dtype": "torch.float8_e4m3fn", "observer": "static_minmax"}
 FLOATS = {"format": "nvfp4-pack-quantized"}
 W8A8, W4A16 = tensors(INT8, TOKEN), tensors(INT4, format="pack-quantized")
+HEAD = "quantized language-model head (other methods)"
 CHANNELS = tensors(INT8 | {"type": "float"}, TOKEN | {"type": "float"}, format="float-quantized")
 
 
@@ -153,15 +154,36 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
         (["re:.*"], ["re:.*lm_head$"], False),
         (["re:.*"], ["re:.*mlp.*"], True),
         (["re:.*proj", "re:.*head$"], [], True),
-        (["re:language_model.*"], [], True),
+        (["re:.*Head"], [], True),
+        (["re:.*"], ["model.lm_head"], True),
+        (["re:.*"], ["mtp.lm_head", "xlm_head"], True),
+        (["re:.*"], ["re:head"], True),
+        (["re:.*"], ["re:lm"], False),
     ],
 )
 def test_an_expression_may_name_the_head(targets, ignore, head):
     """vLLM quantizes a head that an expression of compressed-tensors names."""
     held = tensors(INT4, format="pack-quantized") | {"ignore": ignore}
     held["config_groups"]["group_0"]["targets"] = targets
-    named = ["quantized language-model head (other methods)"] if head else []
+    named = [HEAD] if head else []
     assert rows(held) == ["compressed-tensors W4A16", *named]
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "head"),
+    [
+        (["re:language_model.*"], [], True),
+        (["re:.*"], ["lm_head"], True),
+        (["re:.*"], ["language_model.lm_head"], True),  # some models of images name their head as language models do
+        (["re:.*"], ["re:.*lm_head"], False),
+        (["Linear"], [], False),
+    ],
+)
+def test_a_head_inside_of_another_model_has_a_prefix(targets, ignore, head):
+    held = tensors(INT4, format="pack-quantized") | {"ignore": ignore}
+    held["config_groups"]["group_0"]["targets"] = targets
+    inside = {"hf_text_config": SimpleNamespace()}
+    assert (HEAD in rows(held, **inside)) is head
 
 
 def test_an_expression_that_nobody_reads_is_refused():
@@ -352,14 +374,57 @@ def test_what_lands_on_no_certified_layer_is_refused(held, method):
 @pytest.mark.parametrize("name", ["lm_head", ".*head", "head"])
 def test_autoround_may_name_the_head_by_an_expression(name):
     held = ROUND | {"extra_config": {name: {"bits": 4}}}
-    assert rows(held, "inc") == [INC_ROW, "quantized language-model head (other methods)"]
+    assert rows(held, "inc") == [INC_ROW, HEAD]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "head"),
+    [
+        ({"block_name_to_quantize": "model.layers,lm_head"}, True),
+        ({"to_quant_block_names": ["lm"]}, True),
+        ({"block_name_to_quantize": ""}, True),
+        ({"block_name_to_quantize": "model.layers"}, False),
+        ({"block_name_to_quantize": None, "to_quant_block_names": ["lm_head"]}, False),
+    ],
+)
+def test_autorounds_blocks_may_hold_the_head(blocks, head):
+    """vLLM compares the beginning of a head's name with the blocks' names."""
+    assert rows(ROUND | blocks, "inc") == [INC_ROW, *([HEAD] if head else [])]
 
 
 @pytest.mark.parametrize("ignored", [{"ignore": []}, {"ignore": ["*.gate"]}, {"ignore": None}])
 def test_modelopts_algorithm_for_all_layers_is_that_of_the_head(ignored):
-    head = "quantized language-model head (other methods)"
-    assert rows(MODELOPT | ignored, "modelopt") == [OPT_ROW, head]
+    assert rows(MODELOPT | ignored, "modelopt") == [OPT_ROW, HEAD]
     assert rows(MODELOPT | {"ignore": ["*lm_head*"]}, "modelopt") == [OPT_ROW]
+
+
+@pytest.mark.parametrize(
+    ("ignored", "head"),
+    [
+        ({"ignore": ["mtp.lm_head"]}, True),
+        ({"ignore": ["lm_head.*"]}, True),
+        ({"ignore": ["lm*"]}, False),
+        ({"ignore": ["head"]}, False),
+        ({"ignore": [], "exclude_modules": ["lm_head"]}, True),
+    ],
+)
+def test_modelopts_list_leaves_out_a_part_of_a_name_or_a_wildcard(ignored, head):
+    assert rows(MODELOPT | ignored, "modelopt") == [OPT_ROW, *([HEAD] if head else [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored", "head"),
+    [
+        ("lm_head", [], True),
+        ("lm_head.weight", [], True),
+        ("lm_head", ["lm_head"], False),
+        ("lm_headless", [], False),
+    ],
+)
+def test_modelopts_layers_may_name_the_head(name, ignored, head):
+    held = MODELOPT | {"ignore": ignored, "quant_algo": "MIXED_PRECISION"}
+    held["quantized_layers"] = {name: {"quant_algo": "FP8"}}
+    assert rows(held, "modelopt_mixed") == [OPT_ROW, *([HEAD] if head else [])]
 
 
 def test_modelopts_kv_cache_counts():
