@@ -470,7 +470,7 @@ def _modelopt(held: Mapping[str, Any], heads: tuple[str, ...]) -> Iterator[Schem
 
 
 def _excluded(left_out: Iterable[str], head: str) -> bool:
-    """Whether ModelOpt's list leaves a head unquantized: vLLM looks for a part of the head's name, or for a wildcard."""
+    """Whether ModelOpt's list leaves a head unquantized: by a part of the head's name, or by a wildcard."""
     return any(name in head or fnmatchcase(head, name) for name in left_out)
 
 

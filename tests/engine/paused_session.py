@@ -2,7 +2,8 @@
 
 vLLM's AsyncLLM, with its engine core in another process. Two streamed inputs of two parts each, with a pause between
 the parts: one keeps requests, one aborts them. The last line is "RESULT " and JSON: for each, the tokens of both parts
-and the last finish reason; then the tokens of the whole prompt.
+and the last finish reason; then the tokens of the whole prompt, and the names of the requests that the front end keeps
+after a request that cannot be sent to the engine core.
 """
 
 import bi_patch  # isort: skip  # before vLLM
@@ -52,6 +53,19 @@ async def session(engine: AsyncLLM, mode: str) -> tuple[list[list[int]], str]:
     return [part for part in parts if part], reason
 
 
+async def unsent(engine: AsyncLLM, n: int) -> list[str]:
+    """The requests that the front end knows after one with n answers and an option that nothing serializes."""
+    params = SamplingParams(temperature=0, max_tokens=5, extra_args={"own": object()}, n=1)
+    params.n = n
+    try:
+        async for _ in engine.generate({"prompt_token_ids": list(FIRST)}, params, f"unsent {n}"):
+            pass
+    except Exception as error:
+        print(f"unsent {n}: {type(error).__name__}: {error} {error.__cause__!r}")
+        return list(engine.output_processor.request_states)
+    return ["sent"]
+
+
 async def main() -> None:
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(sys.argv[1], dtype="float32", max_model_len=512, enforce_eager=True)
@@ -60,8 +74,9 @@ async def main() -> None:
     whole = {"prompt_token_ids": [*FIRST, *kept[0][0][:-1], *SECOND]}
     async for output in engine.generate(whole, asked(RequestOutputKind.FINAL_ONLY), "whole"):
         tokens = list(output.outputs[0].token_ids)
+    left = [await unsent(engine, n) for n in (1, 2)]
     engine.shutdown()
-    print("RESULT " + json.dumps([kept, aborted, tokens]))
+    print("RESULT " + json.dumps([kept, aborted, tokens, left]))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def test_a_part_behind_a_pause_has_the_parts_before_it_or_none_comes(model, cach
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     (line,) = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    kept, aborted, whole = json.loads(line)
+    kept, aborted, whole, left = json.loads(line)
     assert kept == [[kept[0][0], whole], "length"] and len(whole) == 5
     assert aborted == [[kept[0][0]], "abort"]  # without the end, the engine answered the second part alone
+    assert left == [[], []], done.stdout[-2000:]  # a request that cannot be sent

@@ -186,6 +186,23 @@ def _forgotten(original):
     return add_request
 
 
+def _forgotten_async(original):
+    """AsyncLLM._add_request: the same for vLLM's asynchronous front end, and for a caller that stops waiting for it."""
+
+    @functools.wraps(original)
+    async def _add_request(self, request, prompt, parent_req, *args, **kwargs):
+        known = request.request_id in self.output_processor.request_states
+        try:
+            return await original(self, request, prompt, parent_req, *args, **kwargs)
+        except BaseException:
+            # The front end itself ends a request with streamed input, after the caller has got the error.
+            if not (known or request.resumable):
+                await self.abort((parent_req or request).request_id, internal=True)
+            raise
+
+    return _add_request
+
+
 def _may_keep_dropped(config) -> bool:
     """Whether the scheduler counts a step that it planned before a part of a streamed input stopped."""
     late = active.plan is not None and releases.holds(_COUNTS_LATE, active.plan.release)
@@ -261,6 +278,16 @@ SEAMS = (
         "end, whose next call never returns. So does one that a core without a process of its own refuses "
         "(VLLM_ENABLE_V1_MULTIPROCESSING=0)",
         how="the front end forgets the request, and the caller gets the error",
+        until="upstream takes back a request that its engine core did not take",
+        causes=(8, 9, 34),
+    ),
+    Seam(
+        name="requests.sent",
+        targets=(Target("vllm.v1.engine.async_llm", "AsyncLLM._add_request"),),
+        close=_forgotten_async,
+        why="a request that cannot be sent to the engine core stays in vLLM's asynchronous front end for ever, and "
+        "counts as waiting there",
+        how="the front end forgets the request and the other answers of its n, and the caller gets the error",
         until="upstream takes back a request that its engine core did not take",
         causes=(8, 9, 34),
     ),

@@ -1,5 +1,6 @@
 """Which quantization schemes a configuration has, and to which row of the feature table each belongs."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,15 @@ def test_each_scheme_of_a_mixed_checkpoint_counts():
     assert rows(ruled) == ["GPTQ, 4 bits", "8-bit weights alone (GPTQ, compressed-tensors W8A16)"]
 
 
+def _vllm_quantizes(held, name):
+    """Whether vLLM itself finds a group of compressed-tensors for a head of this name."""
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    made = compressed_tensors.CompressedTensorsConfig.from_config(copy.deepcopy(held))
+    return made.get_scheme_dict(object.__new__(ParallelLMHead), name) is not None
+
+
 @pytest.mark.parametrize(
     ("targets", "ignore", "head"),
     [
@@ -165,6 +175,7 @@ def test_an_expression_may_name_the_head(targets, ignore, head):
     """vLLM quantizes a head that an expression of compressed-tensors names."""
     held = tensors(INT4, format="pack-quantized") | {"ignore": ignore}
     held["config_groups"]["group_0"]["targets"] = targets
+    assert _vllm_quantizes(held, "lm_head") is head
     named = [HEAD] if head else []
     assert rows(held) == ["compressed-tensors W4A16", *named]
 
@@ -184,6 +195,7 @@ def test_a_head_inside_of_another_model_has_a_prefix(targets, ignore, head):
     held["config_groups"]["group_0"]["targets"] = targets
     inside = {"hf_text_config": SimpleNamespace()}
     assert (HEAD in rows(held, **inside)) is head
+    assert head or not _vllm_quantizes(held, "language_model.lm_head")
 
 
 def test_an_expression_that_nobody_reads_is_refused():
@@ -409,6 +421,10 @@ def test_modelopts_algorithm_for_all_layers_is_that_of_the_head(ignored):
     ],
 )
 def test_modelopts_list_leaves_out_a_part_of_a_name_or_a_wildcard(ignored, head):
+    from vllm.model_executor.layers.quantization import modelopt
+
+    made = modelopt.ModelOptFp8Config.from_config(MODELOPT | ignored)
+    assert made.is_layer_excluded("lm_head") is not head
     assert rows(MODELOPT | ignored, "modelopt") == [OPT_ROW, *([HEAD] if head else [])]
 
 

@@ -1,5 +1,8 @@
 """An error names a request's unsupported parameter. bi_patch leaves all other parameters to vLLM's own validation."""
 
+import asyncio
+import copy
+import inspect
 import math
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -355,6 +358,104 @@ def test_a_front_end_forgets_a_request_that_its_core_did_not_get():
     with pytest.raises(TypeError):
         closed(engine, "c", TypeError("cannot be sent"))
     assert forgotten == ["b-1", "c-1"]
+
+
+class Unsent:
+    """An engine core that gets the requests of `named` only, and notes which it is told to end."""
+
+    def __init__(self, named, error):
+        self.named, self.error, self.got, self.ended = named, error, [], []
+
+    async def add_request_async(self, request):
+        if request.request_id not in self.named:
+            raise self.error
+        self.got.append(request.request_id)
+
+    async def abort_requests_async(self, names):
+        self.ended += names
+
+    def shutdown(self, timeout=None):
+        """Nothing runs."""
+
+
+def _asynchronous(named, error):
+    """vLLM's own asynchronous front end beside such an engine core, with its `_add_request` closed."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    engine = object.__new__(AsyncLLM)
+    engine.output_processor, engine.engine_core = OutputProcessor(None, log_stats=False), Unsent(named, error)
+    engine.renderer = SimpleNamespace(shutdown=lambda: None)
+    engine.check_admission, engine.log_requests, engine.output_handler = lambda **_: None, False, None
+    return engine, requests._forgotten_async(AsyncLLM._add_request)
+
+
+def _made(name, **given):
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    params = SamplingParams(**given)
+    given = {"prompt_token_ids": [1], "sampling_params": params, "external_req_id": name, "arrival_time": 0.0}
+    for field in inspect.signature(EngineCoreRequest).parameters.values():
+        given.setdefault(field.name, None if field.default is field.empty else field.default)
+    made = EngineCoreRequest(**given | {"request_id": name})
+    return made, RequestOutputCollector(params.output_kind, name)
+
+
+@pytest.mark.parametrize("error", [TypeError("cannot be sent"), asyncio.CancelledError()])
+def test_an_asynchronous_front_end_forgets_a_request_that_its_core_did_not_get(error):
+    engine, closed = _asynchronous(["a"], error)
+
+    async def add(name):
+        made, queue = _made(name)
+        await closed(engine, made, None, None, 0, queue)
+
+    asyncio.run(add("a"))
+    with pytest.raises(type(error)):
+        asyncio.run(add("b"))
+    assert list(engine.output_processor.request_states) == engine.engine_core.got == ["a"]
+    assert engine.engine_core.ended == ["b"]
+
+
+def test_an_asynchronous_front_end_forgets_the_other_answers_of_a_request():
+    """In vLLM 0.26 and older, each answer of a request's n goes this way."""
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    made, queue = _made("p", n=3)
+    parent = ParentRequest(made)
+    names = [parent.get_child_info(index)[0] for index in range(3)]
+    engine, closed = _asynchronous(["a", *names[:2]], TypeError("cannot be sent"))
+
+    async def add():
+        running, other = _made("a")
+        await closed(engine, running, None, None, 0, other)
+        for index, name in enumerate(names):
+            child = copy.copy(made)
+            child.request_id = name
+            await closed(engine, child, None, parent, index, queue)
+
+    with pytest.raises(TypeError):
+        asyncio.run(add())
+    assert list(engine.output_processor.request_states) == ["a"]
+    assert sorted(engine.engine_core.ended) == sorted(names)
+
+
+def test_an_asynchronous_front_end_keeps_a_streamed_input():
+    """vLLM itself ends such a request, once the caller has the error."""
+    engine, closed = _asynchronous(["known"], TypeError("cannot be sent"))
+
+    async def add(name, resumable):
+        made, queue = _made(name)
+        made.resumable = resumable
+        await closed(engine, made, None, None, 0, queue)
+
+    asyncio.run(add("known", True))
+    engine.engine_core.named = []
+    for name, resumable in (("new", True), ("known", True), ("known", False)):  # a first, a middle and a last part
+        with pytest.raises(TypeError):
+            asyncio.run(add(name, resumable))
+    assert set(engine.output_processor.request_states) == {"known", "new"} and not engine.engine_core.ended
 
 
 def test_a_penalty_of_minus_zero_is_none():
