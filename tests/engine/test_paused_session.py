@@ -29,4 +29,4 @@ def test_a_part_behind_a_pause_has_the_parts_before_it_or_none_comes(model, cach
     kept, aborted, whole, left = json.loads(line)
     assert kept == [[kept[0][0], whole], "length"] and len(whole) == 5
     assert aborted == [[kept[0][0]], "abort"]  # without the end, the engine answered the second part alone
-    assert left == [[], []], done.stdout[-2000:]  # a request that cannot be sent
+    assert left == []

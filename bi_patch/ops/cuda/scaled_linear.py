@@ -17,7 +17,6 @@ sums are exactly zero. By groups, plain random data are compared.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,8 +110,9 @@ class Route(linear.Route):
 _routes: dict[Problem, Route] = {}
 _handed: dict[bool, Kernel | None] = {}  # by whether activations are static; else for groups
 _TYPES = ("bfloat16", "float16")
-# By the addresses of a layer's two scales: their products, [N]. A captured graph has the address of the products.
-_folded: dict[tuple[int, int], torch.Tensor] = {}
+# By the addresses of a layer's two scales, and N: the scales, and their products [N]. None of them is ever freed: no
+# other scales get these addresses, and captured graphs have the products' address.
+_folded: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 _units: list[torch.Tensor] = []  # ones, which are never freed: captured graphs have their addresses
 
 
@@ -126,20 +126,17 @@ def keep(x_scale: torch.Tensor, weight_scale: torch.Tensor, n: int) -> None:
     """Keep the products of a layer's scales of static activations: x_scale, one element, and weight_scale, one element
     or [n], both fp32.
 
-    If the layer's scales have changed, the kept products change in place. They are dropped with x_scale.
+    Call this again once the layer's scales have changed: the kept products change in place.
     """
-    key, made = _addresses(x_scale, weight_scale), _fold(x_scale, weight_scale, n)
-    held = _folded.get(key)
-    if held is not None and held.shape == made.shape:
-        held.copy_(made)
-        return
-    _folded[key] = made
-    if held is None:
-        weakref.finalize(x_scale, _folded.pop, key, None).atexit = False
+    key, made = _addresses(x_scale, weight_scale, n), _fold(x_scale, weight_scale, n)
+    if key in _folded:
+        _folded[key][-1].copy_(made)
+    else:
+        _folded[key] = x_scale, weight_scale, made
 
 
-def _addresses(x_scale, weight_scale) -> tuple[int, int]:
-    return x_scale.data_ptr(), weight_scale.data_ptr()
+def _addresses(x_scale, weight_scale, n: int) -> tuple[int, int, int]:
+    return x_scale.data_ptr(), weight_scale.data_ptr(), n
 
 
 def _fold(x_scale, weight_scale, n: int):
@@ -190,8 +187,8 @@ def scaled_linear(
     if machine.name(dtype) not in _TYPES or group not in (0, GROUP) or (static and group):
         raise CertificateFailed(f"scaled_linear: no invariant GEMM for groups of {group} and {dtype}")
     if static:
-        held = _folded.get(_addresses(x_scale, weight_scale))
-        weight_scale = _fold(x_scale, weight_scale, n) if held is None else held
+        held = _folded.get(_addresses(x_scale, weight_scale, n))
+        weight_scale = _fold(x_scale, weight_scale, n) if held is None else held[-1]
         x_scale = _unit(rows, x.device)
     elif not group:
         x_scale, weight_scale = _each(x_scale, rows), _each(weight_scale, n)

@@ -82,7 +82,7 @@ def _load(original):
         vision.prepare(model, config)
         norm.replace_layer_norms(model)
         pooling.prepare(model, config)
-        hooks = (_before_update(config), quantized.refuse_update)
+        hooks = (_before_update(config), _settle)
         if poolers.is_pooling(config):
             hooks = (poolers.no_update, poolers.no_update)
         elif images.takes_images(config):
@@ -132,6 +132,14 @@ def _before_update(config):
         quantized.refuse_update(model)
 
     return before
+
+
+def _settle(model) -> None:
+    """Make anew what the layers of a model with new weights derive from its weights, or refuse the weights."""
+    from bi_patch.seams.cuda import quantized, scaled_linear
+
+    quantized.refuse_update(model)
+    scaled_linear.keep_products(model)
 
 
 def _problems(model, config):

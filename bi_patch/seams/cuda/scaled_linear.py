@@ -76,25 +76,38 @@ _KERNELS = {
 }
 
 
+def keep_products(model) -> None:
+    """Keep the products of both scales of each layer whose checkpoint has the activations' scale. New weights change
+    the scales, and this makes the kept products anew."""
+    from bi_patch.ops.cuda.scaled_linear import keep
+
+    for _, layer, kernel in quantized.layers(model, _KERNELS):
+        if _is_static(kernel) and _weights_stay():
+            weight, weight_scale, x_scale, *_ = kernel.layer_param_names
+            keep(getattr(layer, x_scale), getattr(layer, weight_scale), getattr(layer, weight).shape[1])
+
+
+def _is_static(kernel) -> bool:
+    return not _KERNELS[type(kernel).__name__] and kernel.quant_fp8.static
+
+
 def problems(model):
     """A Problem for every linear layer of a model with 8-bit floats. Raises UnsupportedFeature for blocks of another
     size than 128 x 128."""
-    from bi_patch.ops.cuda.scaled_linear import Problem, hand, keep
+    from bi_patch.ops.cuda.scaled_linear import Problem, hand
 
     hand(None)
     hand(None, static=True)
+    keep_products(model)
     for name, layer, kernel in quantized.layers(model, _KERNELS):
         if type(kernel).__name__ == "DeepGemmFp8BlockScaledMMKernel":
             hand(_deep_gemm())
         group = _KERNELS[type(kernel).__name__]
         weight = layer.weight
         n, k = weight.shape if group else weight.shape[::-1]
-        static = not group and kernel.quant_fp8.static
+        static = _is_static(kernel)
         if static:
             hand(_cutlass(), static=True)
-            if _weights_stay():
-                _, weight_scale, x_scale, *_ = kernel.layer_param_names
-                keep(getattr(layer, x_scale), getattr(layer, weight_scale), n)
         if group:
             _check_blocks(name, kernel)
         # With groups, vLLM adds the bias to the rounded product.

@@ -9,7 +9,7 @@ import torch
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cuda import scaled_linear as ops
 from bi_patch.ops.cuda.scaled_linear import Problem
-from bi_patch.seams.cuda import quantized, rows, scaled_linear
+from bi_patch.seams.cuda import linear, quantized, rows, scaled_linear
 
 EIGHTH = torch.float8_e4m3fn
 
@@ -76,7 +76,7 @@ def test_every_layer_has_a_problem_and_a_quantizer(monkeypatch):
         Problem(256, 128, torch.bfloat16, False, 128),
     ]
     assert not hasattr(block, "deep_gemm_warmup_provider")
-    (products,) = ops._folded.values()
+    ((*_, products),) = ops._folded.values()
     assert products.tolist() == [0.5 * i for i in range(48)]
     assert [ops._handed_to(p) is not None for p in scaled_linear.problems(model)] == [False, False, True, True]
     forms = [(form, k) for form, k, _ in scaled_linear.quantizers(model)]
@@ -171,3 +171,20 @@ def test_new_weights_of_a_quantized_model_are_refused_by_name():
     quantized.refuse_update(torch.nn.Linear(4, 4))
     with pytest.raises(UnsupportedFeature, match="linear.cuda_update: .* quantized LinearBase"):
         quantized.refuse_update(torch.nn.ModuleList([torch.nn.Linear(4, 4), LinearBase(8, 16, None)]))
+
+
+def test_products_of_scales_follow_new_weights(monkeypatch):
+    """Once new weights of such a layer are allowed, the engine must not compute with the products of the old scales."""
+    monkeypatch.setattr(ops, "_folded", {})
+    monkeypatch.setattr("vllm.model_executor.offloader.get_offloader", type("NoopOffloader", (), {}))
+    fixed = LinearBase(48, 64, kernel(BY_ROW, static=True), scheme=True, scale=torch.full((1,), 0.5))
+    fixed.weight_scale = torch.nn.Parameter(torch.arange(48.0), requires_grad=False)
+    model = torch.nn.ModuleList([fixed])
+    scaled_linear.keep_products(model)
+    ((*_, products),) = ops._folded.values()
+    fixed.weight_scale.data.fill_(4.0)
+    with pytest.raises(UnsupportedFeature, match="linear.cuda_update"):
+        linear._settle(model)
+    monkeypatch.setattr(quantized, "refuse_update", lambda model: None)
+    linear._settle(model)
+    assert products.tolist() == [2.0] * 48

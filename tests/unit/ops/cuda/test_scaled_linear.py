@@ -97,7 +97,7 @@ def test_a_scale_of_the_checkpoint_is_multiplied_into_the_weights_once(served):
     assert len(set(kept)) == 1 and bundled[2][0].data_ptr() == bundled[3][0].data_ptr()
 
 
-def test_kept_products_change_in_place_and_go_with_the_layer(served):
+def test_kept_products_change_in_place(served):
     _, bundled = served(Problem(256, 128, torch.bfloat16, False, 0, True))
     scales = torch.tensor([0.5]), torch.tensor(2.0)
     scaled_linear.keep(*scales, 256)
@@ -110,9 +110,23 @@ def test_kept_products_change_in_place_and_go_with_the_layer(served):
     other = torch.tensor([0.5]), scales[1]
     call(3, other, static=True)
     assert bundled[2][1].tolist() == [1.0] * 256 and len(scaled_linear._folded) == 1
-    del scales
+
+
+def test_kept_products_serve_their_own_scales_alone(served):
+    """Neither scales at an address that was freed, nor a layer of another size."""
+    _, bundled = served(Problem(256, 128, torch.bfloat16, False, 0, True))
+    scales = torch.tensor([0.5]), torch.tensor([2.0])
+    scaled_linear.keep(*scales, 256)
+    (held,) = scaled_linear._folded.values()
+    assert all(kept is scale for kept, scale in zip(held, scales, strict=False))
+    shared = tuple(torch.nn.Parameter(scale.data, requires_grad=False) for scale in scales)  # same memory, new tensors
+    address = held[-1].data_ptr()
+    del scales, held
     gc.collect()
-    assert not scaled_linear._folded
+    call(3, shared, static=True)
+    assert bundled[0][1].data_ptr() == address  # what a captured graph reads
+    call(3, shared, n=128, static=True)
+    assert bundled[1][1].tolist() == [1.0] * 128
 
 
 def test_vllms_kernel_serves_static_activations_only(served, monkeypatch):
