@@ -336,6 +336,14 @@ def test_experts_without_groups_have_a_scale_for_each_row_or_expert(scale, shape
     assert len(scale13[0].unique()) == (768 if scale == moe.ROW else 1) and len(scale2.unique()) > 3
 
 
+def test_what_a_kind_of_experts_is_called():
+    """The name is a part of a certificate's key: another way to compute must have another name."""
+    made = moe.Problem(4, 384, 256, 2, torch.bfloat16, bias=True)
+    assert str(made) == "E=4 N=384 K=256 top2 silu bias bfloat16"
+    ends = [str(made._replace(bias=False, **form)).split("silu ")[1] for form in ({"group": 128}, {"scale": moe.ROW})]
+    assert ends == ["e4m3 groups of 128 bfloat16", f"e4m3 by {moe.ROW}, swapped by tile bfloat16"]
+
+
 def test_a_package_whose_kernels_serve_is_a_part_of_a_row_certificates_key(monkeypatch):
     from bi_patch.ops.cuda import machine, rows
     from bi_patch.ops.row_checks import RowCheck

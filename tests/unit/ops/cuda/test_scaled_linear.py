@@ -1,9 +1,11 @@
 """Which kernel serves a linear of 8-bit floats. The kernels are stand-ins; no GPU is needed."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bi_patch.errors import CertificateFailed
 from bi_patch.ops.cuda import cublaslt, machine, scaled_linear
@@ -223,3 +225,61 @@ def test_a_key_tells_the_form(monkeypatch):
     keys = {scaled_linear._key(Problem(8, 128, torch.bfloat16, False, *form), 60).digest() for form in forms}
     assert len(keys) == 3
     assert cublaslt.ScaledGemm.__doc__
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that would be made on a GPU are made on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = dict(kwargs or {})
+        return func(*args, **given | ({"device": "cpu"} if "cuda" in str(given.get("device")) else {}))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_trial_of_static_activations_has_ones_as_scales_of_rows(served, monkeypatch, static):
+    """As in a call: kernels that take the two scales in another order must agree there, too."""
+    problem = Problem(16, 64, torch.bfloat16, False, 0, static)
+    _, bundled = served(problem)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    monkeypatch.setattr(scaled_linear, "_gemm", lambda problem: None)
+    monkeypatch.setattr(torch, "Generator", lambda device, made=torch.Generator: made("cpu"))
+    with OnCpu():
+        trial = scaled_linear._Trial(problem, 8)
+    ((x_scale, weight_scale, _),) = bundled
+    assert x_scale.shape == (8,) and (x_scale.unique().tolist() == [1.0]) is static
+    assert weight_scale.shape == (16,) and len(weight_scale.unique()) > 1 and trial.x.shape == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("problem", "bias", "tried"),
+    [
+        (Problem(256, 128, torch.bfloat16, False, 128), False, True),
+        (Problem(256, 128, torch.float16, False, 128), False, False),  # DeepGEMM gives bf16
+        (Problem(256, 128, torch.float16, False, 0, True), False, True),
+        (Problem(256, 128, torch.bfloat16, False, 0, True), True, False),
+    ],
+)
+def test_vllms_kernel_is_tried_where_it_gives_the_type_and_adds_no_bias(monkeypatch, problem, bias, tried):
+    monkeypatch.setattr(machine, "vendor_allowed", lambda: True)
+    trial = object.__new__(scaled_linear._Trial)
+    trial.problem, trial.bias_given, trial.handed = problem, bias, scaled_linear.Kernel(None, 64, "1")
+    able = trial._candidates().get(scaled_linear._own(scaled_linear._HANDED))
+    assert (able is not None) is tried
+    assert able is None or (able(64) and not able(65))
+
+
+def test_ones_for_every_number_of_rows_are_made_before_a_graph_is_captured(served, monkeypatch, tmp_path):
+    """A captured graph has the address of the ones, so a call must not make them."""
+    made = SimpleNamespace(algorithms=[])
+    route = SimpleNamespace(kinds=frozenset(), limit=64, tiles_agree=True, gemm=None, preferred={})
+    monkeypatch.setattr(scaled_linear.certificates, "obtain", lambda *_, **__: made)
+    monkeypatch.setattr(scaled_linear.linear, "route", lambda *_: route)
+    monkeypatch.setattr(scaled_linear, "_key", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "device", lambda *_: torch.zeros(1).device)
+    static, by_row = (Problem(256, 128, torch.bfloat16, False, 0, static) for static in (True, False))
+    for problems, rows, sizes in (([by_row], 40, []), ([by_row, static], 40, [40]), ([static], 30, [40])):
+        scaled_linear.certify(problems, rows, tmp_path)
+        assert [ones.tolist() for ones in scaled_linear._units] == [[1.0] * size for size in sizes]
+    held = scaled_linear._units[0].data_ptr()
+    assert scaled_linear._unit(7, scaled_linear._units[0].device).data_ptr() == held
