@@ -150,13 +150,13 @@ def products(
         raise ValueError("products: x, w and out are contiguous along their last dimension, and scales are fp32")
     if w_scale.stride(2) != 1 < w_scale.shape[2]:
         raise ValueError("products: scales of w are contiguous along their last dimension")
-    tokens = x.shape[0]
+    tokens, valid = x.shape[0], x.shape[0] * per
     _, cols, depth = w.shape
     size = tile["BLOCK_SIZE_M"]
-    blocks = tokens * per
+    blocks = valid
     if rows is not None:
         # A token chooses an expert once, so few tokens leave most experts without a block.
-        blocks = triton.cdiv(rows.shape[0] if tokens >= size else min(rows.shape[0], tokens * per * size), size)
+        blocks = triton.cdiv(rows.shape[0] if tokens >= size else min(rows.shape[0], valid * size), size)
     _tile[(blocks * triton.cdiv(cols, tile["BLOCK_SIZE_N"]),)](
         x,
         w,
@@ -167,7 +167,7 @@ def products(
         experts if rows is None else rows,
         experts,
         padded,
-        tokens * per,
+        valid,
         cols,
         depth,
         x.stride(0),

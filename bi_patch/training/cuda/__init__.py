@@ -13,12 +13,11 @@ def prepare(cache: Path) -> None:
 
     Raises MissingDependency without vLLM, and UnsupportedDevice on a GPU without FlashAttention 3.
     """
-    import torch
-
     from bi_patch.errors import UnsupportedDevice
+    from bi_patch.ops.cuda import machine
     from bi_patch.training.cuda import linear, vllm_kernels
 
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not machine.is_hopper():
         raise UnsupportedDevice(
             "training.device: bi_patch trains on Hopper GPUs, whose FlashAttention 3 it knows. Use one"
         )
