@@ -305,7 +305,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         cpu=served(cells.CPU_RUN),
         cuda=served(
             cells.RUN,
-            "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
+            cells.BESIDE,
             cells.GRAPHS,
             cells.NEW_GRAPHS,
             cells.AXES,

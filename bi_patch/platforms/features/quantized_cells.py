@@ -8,6 +8,7 @@ NONE = refused("bi_patch has no certified order for their products", todo="Use u
 REFUSED = {"cpu": NONE, "cuda": NONE, "ascend": NONE}
 NO_KERNEL = REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
+BESIDE = "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json"  # compiled, most beside eager engines
 WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
@@ -21,7 +22,6 @@ NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
 AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
 CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
 WIDE = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-3.json"
-WIDE_GRAPHS = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-2.json"  # without an eager engine beside
 BLOCKS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0.json"
 BLOCKS_GRAPHS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0-2.json"  # without an eager engine beside
 OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
@@ -38,14 +38,11 @@ def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[
 RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
 PACKED = (served(RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), NONE)
 STATIC_RUN = "invariance-2026-11-30-h200-static-vllm-0.33.0.json"
-STATIC_GRAPHS = "invariance-2026-11-30-h200-static-vllm-0.33.0-2.json"  # without an eager engine beside
 STATIC = (
     served(
         STATIC_RUN,
-        STATIC_GRAPHS,
-        RUN,
-        why="two layers of Qwen3-8B's sizes, compiled and in eager mode; a compiled engine beside an eager one with an "
-        "earlier order of the scales",
+        BESIDE,
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,
@@ -72,10 +69,8 @@ LATER = (
 EIGHT_BITS = (
     served(
         "invariance-2026-11-30-h200-w8a16-vllm-0.33.0.json",
-        "invariance-2026-11-30-h200-w8a16-vllm-0.33.0-2.json",
-        "invariance-2026-11-29-h200-quantized-vllm-0.33.0-2.json",
-        why="two layers of Qwen3-8B's sizes in compressed-tensors, one scale for each channel, compiled and in eager "
-        "mode; all axes on an earlier kernel",
+        BESIDE,
+        why="two layers of Qwen3-8B's sizes in compressed-tensors, a scale a channel, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,

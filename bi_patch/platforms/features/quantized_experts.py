@@ -125,7 +125,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
             cells.layers(
                 "Qwen3-30B-A3B",
                 how="compiled and in eager mode; both beside each other on the tiles before",
-                files=(cells.WIDE, cells.WIDE_GRAPHS, cells.NEW_EAGER, cells.NEW_GRAPHS),
+                files=(cells.WIDE, cells.BESIDE, cells.NEW_EAGER, cells.NEW_GRAPHS),
             )
         ),
         asked=quantized_experts(_channels),

@@ -358,7 +358,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("MLA in one form, compiled (BI_PATCH_MLA=one)", "cpu"): (("DeepSeek V2,* compiled", *_SIX),),
     ("FP8 KV cache (e4m3, static scales)", "cuda"): (
         ("* FP8 KV cache,*", *_SIX, "preemption", "eager and compiled"),
-        ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+        ("* KV cache per head, 2 layers", *_PUBLISHED, *_RESTARTED),
         ("* KV cache per head,* eager", *_SIX),
     ),
     ("fp32 KV cache", "cpu"): (("* fp32", *_SIX, "preemption"),),
@@ -636,9 +636,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
     ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (
-        ("* W8A16,*", *_SIX, *_PUBLISHED),
         ("* W8A16,* eager", *_SIX),
-        ("* W8A16, 2 layers", "batch size", "decode = prefill"),
+        ("* W8A16, 2 layers", *_PUBLISHED, *_RESTARTED),
     ),
     ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
     ("FP8 in blocks of 128 x 128", "cuda"): (
@@ -683,9 +682,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* W4A16 experts with zero points, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
     ("FP8 per tensor, static activations (method fp8)", "cuda"): (
-        ("* FP8 static,*", *_SIX, *_PUBLISHED),
         ("* FP8 static,* eager", *_SIX),
-        ("* FP8 static, 2 layers", "batch size", "decode = prefill"),
+        ("* FP8 static, 2 layers", *_PUBLISHED, *_RESTARTED),
     ),
     ("FP8 made while loading (--quantization fp8)", "cuda"): (("* FP8 while loading,*", *_SIX, *_PUBLISHED),),
     ("FP8 made while loading, in blocks (--quantization fp8_per_block)", "cuda"): (
@@ -783,7 +781,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("an FP8 KV cache with FP8 weights per channel", "cuda"): (
         ("* FP8 channel and KV cache,* eager", *_SIX),
-        ("* KV cache per head, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
+        ("* KV cache per head, 2 layers", *_PUBLISHED, *_RESTARTED),
         ("* KV cache per head,* eager", *_SIX),
     ),
     ("speculative decoding with quantized weights", "cpu"): tuple(
