@@ -8,7 +8,7 @@ vLLM's own unpacking takes no part, so a weight that vLLM unpacks wrongly shows 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,16 +18,23 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where an int32 of AWQ holds each of it
 
 class Checkpoint:
     """The tensors of a local folder with safetensors. merged: vLLM's name of a merged layer -> the names of its parts,
-    e.g. {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}."""
+    e.g. {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}. renamed: gives vLLM's name of a tensor, or None for a tensor that
+    vLLM does not load."""
 
-    def __init__(self, folder: str, merged: Mapping[str, list[str]]):
+    def __init__(
+        self, folder: str, merged: Mapping[str, list[str]], renamed: Callable[[str], str | None] | None = None
+    ):
         from safetensors import safe_open
 
-        self._merged, self._files = merged, {}
+        self._merged = merged
+        self._files: dict[str, tuple[Path, str]] = {}  # by vLLM's name: a file, and the name there
         source = Path(folder).expanduser()
         for file in sorted(source.glob("*.safetensors")):
             with safe_open(file, "pt") as held:
-                self._files |= dict.fromkeys(held.keys(), file)
+                for name in held.keys():  # noqa: SIM118, no dictionary
+                    known = renamed(name)
+                    if known is not None:
+                        self._files[known] = file, name
         config = source / "config.json"
         held = json.loads(config.read_text()) if config.is_file() else {}
         self._method = (held.get("quantization_config") or {}).get("quant_method", "")
@@ -86,8 +93,9 @@ class Checkpoint:
     def _get(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
-        with safe_open(self._files[name], "pt") as held:
-            return held.get_tensor(name)
+        file, own = self._files[name]
+        with safe_open(file, "pt") as held:
+            return held.get_tensor(own)
 
     def _awq(self, name: str) -> torch.Tensor:
         q = _nibbles(self._get(f"{name}.qweight"), _AWQ_PLACES).T

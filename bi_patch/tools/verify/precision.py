@@ -14,9 +14,13 @@ are zero in the data, because a kernel may round them to either. FP8 on CUDA: bi
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
 import msgspec
 
-from bi_patch.tools.verify.engine import Engine, LocalEngine
+from bi_patch.tools.verify.engine import Engine, LocalEngine, Options
 
 LIMIT = 2.0**-20
 NEAR = 1e-4
@@ -111,15 +115,15 @@ def measure(engine: LocalEngine, widened: bool = False) -> Precision:
                 dtype = str(w.dtype).removeprefix("torch.")
                 seam = seams.seam(layer, name, "linear") or "linear"
                 failed.append(Imprecise(name, seam, n, k, dtype, found[1], found[0]))
-        missing = ""
+        missing, checkpoint = "", None
         made = engine.options.random_weights is not None  # made weights have no files to compare with
         for name, layer, scheme in () if made else layers.quantized(engine):
             try:
-                held, dtype = _checkpoint(engine), _dtype(engine)
+                checkpoint, dtype = checkpoint or _checkpoint(engine), _dtype(engine)
                 if scheme in eighths.SCHEMES:
-                    *found, (n, k) = eighths.compare(layer, name, scheme, held, dtype, ROWS)
+                    *found, (n, k) = eighths.compare(layer, name, scheme, checkpoint, dtype, ROWS)
                 else:
-                    *found, (n, k) = _compare(layer, name, scheme, held, dtype)
+                    *found, (n, k) = _compare(layer, name, scheme, checkpoint, dtype)
             except (KeyError, OSError) as error:
                 missing = missing or f"the checkpoint has no tensors for {name} ({error})"
                 continue
@@ -148,7 +152,32 @@ def _dtype(engine: LocalEngine):
 def _checkpoint(engine: LocalEngine):
     from bi_patch.tools.verify import dequantized, layers
 
-    return dequantized.Checkpoint(engine.options.model, getattr(layers.model(engine), "packed_modules_mapping", {}))
+    model = layers.model(engine)
+    merged = getattr(model, "packed_modules_mapping", {})
+    return dequantized.Checkpoint(folder(engine.options), merged, renamed(model))
+
+
+def folder(options: Options) -> str:
+    """The folder with the files of an engine's model. Raises OSError if the hub's cache does not hold the model."""
+    if Path(options.model).expanduser().is_dir():
+        return options.model
+    from huggingface_hub import snapshot_download
+
+    given = options.extra
+    return snapshot_download(
+        options.model, revision=given.get("revision"), cache_dir=given.get("download_dir"), local_files_only=True
+    )
+
+
+def renamed(model: object) -> Callable[[str], str | None]:
+    """A function that gives vLLM's name of a checkpoint's tensor, or None for a tensor that vLLM does not load. The
+    parts of a merged layer keep their own names."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda name: name
+    if getattr(mapper, "orig_to_new_stacked", None):
+        mapper = dataclasses.replace(mapper, orig_to_new_stacked={})
+    return lambda name: next(iter(mapper.apply_list([name])), None)
 
 
 def _compare(layer, name: str, scheme: str, checkpoint, dtype) -> tuple[float, int, tuple[int, int]]:

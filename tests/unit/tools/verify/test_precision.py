@@ -8,7 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from bi_patch.tools.verify import layers  # noqa: E402
-from bi_patch.tools.verify.precision import over  # noqa: E402
+from bi_patch.tools.verify.dequantized import Checkpoint  # noqa: E402
+from bi_patch.tools.verify.engine import Options  # noqa: E402
+from bi_patch.tools.verify.precision import folder, over, renamed  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -59,3 +61,31 @@ def test_which_linears_of_8_bits_are_compared_on_cuda():
     assert layers._integers(layer("CutlassInt8ScaledMMLinearKernel")) == "W8A8 cutlass"
     assert layers._integers(layer("CutlassInt8ScaledMMLinearKernel", static=True)) == "W8A8 cutlass static"
     assert layers._integers(layer("DeepGemmFp8BlockScaledMMKernel")) == layers._integers(SimpleNamespace()) == ""
+
+
+def test_files_are_those_of_a_folder_or_of_the_hubs_cache(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "cached")
+    assert folder(Options(str(tmp_path))) == str(tmp_path) and not asked
+    assert folder(Options("some/model", extra={"revision": "abc", "download_dir": "there"})) == "cached"
+    assert asked == [(("some/model",), {"revision": "abc", "cache_dir": "there", "local_files_only": True})]
+
+
+def test_a_tensor_has_the_name_that_vllm_gives_it(tmp_path):
+    utils = pytest.importorskip("vllm.model_executor.models.utils")
+    from safetensors.torch import save_file
+
+    prefixes = {"model.language_model.": "language_model.model.", "lm_head.": None}
+    given = {"orig_to_new_stacked": {".q_proj": (".qkv_proj", "q")}}
+    given = {name: value for name, value in given.items() if name in utils.WeightsMapper.__dataclass_fields__}
+    model = SimpleNamespace(hf_to_vllm_mapper=utils.WeightsMapper(orig_to_new_prefix=prefixes, **given))
+    parts = {f"model.language_model.layers.0.{part}": torch.randn(4, 8) for part in ("q_proj", "k_proj")}
+    tensors = {f"{name}.weight": weight for name, weight in parts.items()} | {"lm_head.weight": torch.zeros(4, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    held = Checkpoint(str(tmp_path), {"qkv_proj": ["q_proj", "k_proj"]}, renamed(model))
+    assert torch.equal(held.plain("language_model.model.layers.0.qkv_proj"), torch.cat([*parts.values()]).double())
+    with pytest.raises(KeyError):
+        held.plain("lm_head")
+    assert Checkpoint(str(tmp_path), {}, renamed(SimpleNamespace())).plain("lm_head").shape == (4, 8)
