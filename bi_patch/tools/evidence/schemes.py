@@ -7,7 +7,9 @@ import re
 
 from bi_patch.tools.evidence.store import Table
 
-MISSING = "not measured"
+MISSING, STOPS = "not measured", "stops"
+# Models at which upstream's mode stops with an error, so its time cannot be measured.
+UPSTREAM_STOPS = ("Qwen3-8B AWQ, 6 layers", "Qwen3-8B NVFP4, 6 layers")
 # The models whose rows the table has, in this order, with or without a measurement.
 MODELS = (
     "Qwen3-8B FP8 block, 6 layers",
@@ -46,7 +48,8 @@ def markdown(table: Table) -> str:
         if not any(rows.values()):
             rows = {" and ".join(rows): {}}
         for name, found in rows.items():
-            cells = (_range(found[column]) if column in found else MISSING for column in _COLUMNS)
+            hole = STOPS if model in UPSTREAM_STOPS and name == _OTHERS["upstream"] else MISSING
+            cells = (_range(found[column]) if column in found else hole for column in _COLUMNS)
             lines.append(f"| {SHOWN.get(model, model)} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

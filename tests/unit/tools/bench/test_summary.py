@@ -58,7 +58,8 @@ def test_a_chosen_table_needs_all_of_its_models(tmp_path, monkeypatch):
 
 
 def test_a_scheme_that_nobody_has_measured_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(schemes, "MODELS", ("b", "a"))
+    monkeypatch.setattr(schemes, "MODELS", ("b", "a", "d"))
+    monkeypatch.setattr(schemes, "UPSTREAM_STOPS", ("d",))
     rows = {
         "decode 1 x 512/128": 9.0,
         "decode (GPU) 1 x 512/128": 0.5,
@@ -67,14 +68,16 @@ def test_a_scheme_that_nobody_has_measured_says_so(tmp_path, monkeypatch):
         "prefill (GPU) 8 x 1024/128": 0.7,
         "prefill (GPU) 256 x 512/128": 0.8,
     }
-    made = tables(tmp_path, a=rows, c=rows)
+    made = tables(tmp_path, a=rows, c=rows, d={"decode (GPU) 8 x 512/128": 0.5})
     made["cost-h200"].rows[1].upstream = 20.0
     lines = summary.blocks(made)["summary-cost-h200-quantized"].splitlines()
-    no = schemes.MISSING
-    assert lines[2:5] == [
+    no, stops = schemes.MISSING, schemes.STOPS
+    assert lines[2:7] == [
         f"| b | stock and upstream's mode | {no} | {no} | {no} | {no} | {no} |",
         f"| a | stock | 0.50 | {no} | {no} | 0.60 | 0.70 to 0.80 |",
         f"| a | upstream's mode | 0.25 | {no} | {no} | {no} | {no} |",
+        f"| d | stock | {no} | 0.50 | {no} | {no} | {no} |",
+        f"| d | upstream's mode | {stops} | {stops} | {stops} | {stops} | {stops} |",
     ]
     assert "summary-cost-h200-quantized" not in summary.blocks(tables(tmp_path / "other", c=rows))
 
