@@ -22,7 +22,7 @@ class Checkpoint:
     vLLM does not load."""
 
     def __init__(
-        self, folder: str, merged: Mapping[str, list[str]], renamed: Callable[[str], str | None] | None = None
+        self, folder: str, merged: Mapping[str, list[str]], renamed: Callable[[str], str | None] = lambda name: name
     ):
         from safetensors import safe_open
 
