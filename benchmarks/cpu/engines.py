@@ -241,6 +241,7 @@ def measure(parts: list[str], results: Path, text: str = "") -> int:
             )
             found = evidence.new(_kind(variant), here)
             found.rows = rows
+            found.command = f"python3 benchmarks/cpu/engines.py --only {variant}"  # calls with --case share a file
             evidence.write(found, results)
     return total
 

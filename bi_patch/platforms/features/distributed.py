@@ -23,6 +23,8 @@ _H200_MORE_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
 _H200_LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
+_CPU_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
+_CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 
 
@@ -206,7 +208,9 @@ DISTRIBUTED: tuple[Feature, ...] = (
         cpu=served(
             _CPU_SIZES,
             _CPU_RANKS_UPDATED,
-            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks",
+            _CPU_REPLICAS,
+            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks; two ranks also "
+            "with two stages, and with two data-parallel ranks",
         ),
         cuda=(
             refused(NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),
@@ -222,7 +226,11 @@ DISTRIBUTED: tuple[Feature, ...] = (
     ),
     row(
         "pipeline parallelism",
-        cpu=served(_CPU_RANKS, why="compiled; in eager mode, vLLM 0.32 itself may stop at the first request"),
+        cpu=served(
+            _CPU_RANKS,
+            _CPU_STAGES,
+            why="two stages, compiled and in eager mode, where stock vLLM 0.32 stops at the first request",
+        ),
         cuda=(untried(releases="<0.33"), served(_H200_RANKS, why="two stages in eager mode")),
         ascend=untried(NO_NPU),
         asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
@@ -236,7 +244,7 @@ DISTRIBUTED: tuple[Feature, ...] = (
     ),
     row(
         "data parallelism of models without experts",
-        cpu=served(_CPU_RANKS),
+        cpu=served(_CPU_RANKS, _CPU_REPLICAS, why="two and four ranks, in eager mode; four compiled, too"),
         cuda=(
             untried("the ranks are independent engines", releases="<0.33"),
             served(_H200_SHARED, why="two ranks, compiled"),

@@ -10,21 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from bi_patch.platforms import schemes
+from bi_patch.platforms.features import rank_cells
 from bi_patch.platforms.features.model import Cell, Feature, refused, row, served, untried
 from bi_patch.platforms.features.quantized_ranks import SHARED
 from bi_patch.platforms.features.ranks import compiled, shown, size, whole_experts
 
 _CPU_PAIRS = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0.json"
 _CPU_TOGETHER = "invariance-2026-11-29-cpu-amx-pairs-vllm-0.32.0-2.json"  # with grammars and cached prefixes, too
-_CPU_STAGES = (
-    "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json",
-    "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-2.json",
-)
 _CPU_LATENT = "invariance-2026-11-29-cpu-amx-speculation-vllm-0.32.0-4.json"
-_CPU_STAGES_MORE = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json"
 _H200_PAIRS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-2.json"
-_H200_EXPERTS = "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json"
-_H200_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_EXPERT_LORA = (
     "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
     "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0-2.json",
@@ -112,6 +106,7 @@ def _checkpoint(config: Any) -> bool:
 
 LORA, SPECULATION, POOLING = "LoRA", "speculative decoding", "pooling"
 _DRAFTS = "a draft model or heads"
+TENSOR, STAGES = "tensor parallelism", "pipeline parallelism"
 QUANTIZED, MLA, RECURRENT = "quantized weights", "MLA", "recurrent layers"
 OTHER_SCHEMES = "quantized weights other than FP8 made while loading"
 EIGHTH = "an FP8 KV cache"
@@ -167,7 +162,9 @@ _OF_LORA = list(PARTS)[-3:]
 _EXPERTS_OF_LORA = ("Qwen3MoeForCausalLM",)  # models whose experts may take adapters
 
 
-def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], ascend: Cell) -> Feature:
+def _pairs(
+    first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], ascend: Cell, details: str = ""
+) -> Feature:
     """A row: `first` with each of `others`. Names are keys of PARTS."""
 
     def asked(config: Any) -> str:
@@ -176,7 +173,13 @@ def _pairs(first: str, *others: str, cpu: Cell, cuda: Cell | tuple[Cell, ...], a
         found = [other for other in others if PARTS[other](config)]
         return f"{first} with {' and '.join(found)}" if found else ""
 
-    return row(f"{first} with {', '.join(others)}", cpu=cpu, cuda=cuda, ascend=ascend, asked=asked)
+    words = f"{first} with {', '.join(others)}"
+    return row(words, cpu=cpu, cuda=cuda, ascend=ascend, asked=asked, details=details)
+
+
+def _of_ranks(first: str, other: str, **given: Any) -> Feature:
+    """A row of `first` with `other`, a kind of parallelism. given: of `_pairs`, without the cell of the CPU."""
+    return _pairs(first, other, cpu=rank_cells.CPU[first, other], **given)
 
 
 _REFUSED = refused(_ALONE, todo="Use one of them")
@@ -188,16 +191,6 @@ _NO_EXPERTS = refused(
     "vLLM takes Triton experts where adapters may come, and its CPU build has no Triton: with vLLM 0.32.0, a tiny "
     "Qwen3-MoE stopped at its first step (module 'triton.language' has no attribute 'bfloat16')",
     todo="Use one of them",
-)
-
-
-_LATENT_RANKS = (
-    untried(releases="<0.33"),
-    served(
-        _H200_RANKS,
-        why="two layers of DeepSeek-V2-Lite: two ranks compiled, with whole experts also in eager mode, and four "
-        "compiled",
-    ),
 )
 
 
@@ -432,11 +425,11 @@ PAIRS: tuple[Feature, ...] = (
         ascend=_REFUSED,
     ),
     *(
-        _pairs(first, other, cpu=cpu, cuda=untried(), ascend=untried())
-        for first, other, cpu in (
-            ("tensor parallelism", "pipeline parallelism", untried()),
-            ("tensor parallelism", "data parallelism", untried()),
-            ("pipeline parallelism", "data parallelism", untried()),
+        _of_ranks(first, other, cuda=untried(), ascend=untried())
+        for first, other in (
+            (TENSOR, STAGES),
+            (TENSOR, "data parallelism"),
+            (STAGES, "data parallelism"),
         )
     ),
     row(
@@ -446,16 +439,7 @@ PAIRS: tuple[Feature, ...] = (
         ascend=untried(),
         asked=_more_than_two,
     ),
-    _pairs(
-        EXPERTS,
-        "tensor parallelism",
-        cpu=served("invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"),
-        cuda=(
-            untried("measured with models without experts", releases="<0.33"),
-            served(_H200_EXPERTS, _H200_RANKS, why="two layers of Qwen3-30B-A3B, two and four ranks, compiled"),
-        ),
-        ascend=untried(),
-    ),
+    _of_ranks(EXPERTS, TENSOR, cuda=rank_cells.EXPERTS_ON_CUDA, ascend=untried()),
     row(
         "experts with tensor parallelism in other models than Qwen3-MoE, DeepSeek V2, MiniMax-M2 and gpt-oss as "
         "published, over three or more than four ranks, over four but Qwen3-MoE's, gpt-oss compiled, or DeepSeek V2 or "
@@ -468,29 +452,29 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "MLA with tensor parallelism in other models than DeepSeek V2, in one form (BI_PATCH_MLA=one), in eager mode "
         "with cut experts, or over more than two ranks (but four compiled ones with whole experts)",
-        cpu=untried(),
+        cpu=untried("measured with a tiny DeepSeek V2 over two ranks"),
         cuda=untried(),
         ascend=_NO_SEAM,
         asked=_other_latent,
     ),
-    *(
-        _pairs(kind, parallel, cpu=cpu, cuda=cuda, ascend=_NO_SEAM)
-        for kind, staged, shared in (
-            (MLA, served(*_CPU_STAGES, why="a tiny DeepSeek V2, compiled, with one thread a rank"), _LATENT_RANKS),
-            (RECURRENT, untried(), untried()),
-        )
-        for parallel, cpu, cuda in (
-            ("tensor parallelism", untried(), shared),
-            ("pipeline parallelism", staged, untried()),
-        )
+    _of_ranks(MLA, TENSOR, cuda=rank_cells.MLA_ON_CUDA, ascend=_NO_SEAM),
+    _of_ranks(MLA, STAGES, cuda=untried(), ascend=_NO_SEAM),
+    _of_ranks(
+        RECURRENT,
+        TENSOR,
+        cuda=untried("Mamba 2 with a norm is refused over several ranks, when the model is made"),
+        ascend=_NO_SEAM,
+        details="On CPU, each rank gathers the rows of a norm that ranks share.",
     ),
-    *SHARED,
-    _pairs(
-        _INT8,
-        "pipeline parallelism",
-        cpu=served(_CPU_STAGES_MORE, why="a tiny Qwen3, compiled, with one thread a rank"),
+    _of_ranks(
+        RECURRENT,
+        STAGES,
         cuda=untried(),
         ascend=_NO_SEAM,
+        details="Each stage needs layers of every kind that the model has, or vLLM itself stops: 'Workers disagree on "
+        "supported KV cache layouts'.",
     ),
-    _pairs(_NO_INT8, "pipeline parallelism", cpu=untried(), cuda=untried(), ascend=_NO_SEAM),
+    *SHARED,
+    _of_ranks(_INT8, STAGES, cuda=untried(), ascend=_NO_SEAM),
+    _pairs(_NO_INT8, STAGES, cpu=untried(), cuda=untried(), ascend=_NO_SEAM),
 )

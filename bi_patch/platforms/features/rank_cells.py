@@ -1,0 +1,50 @@
+"""Cells of engines with several ranks, for the rows of pairs: what runs compared."""
+
+from __future__ import annotations
+
+from bi_patch.platforms.features.model import Cell, served, untried
+
+_CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
+_CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
+_H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
+_BOTH = "in eager mode and compiled"
+_TINY = "tiny Qwen3-Next, Falcon-H1 and Mamba"
+
+# On CPU, of the row with both features.
+CPU: dict[tuple[str, str], Cell] = {
+    ("tensor parallelism", "pipeline parallelism"): served(
+        _CPU, _CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"
+    ),
+    ("tensor parallelism", "data parallelism"): served(_CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"),
+    ("pipeline parallelism", "data parallelism"): untried(),
+    ("experts", "tensor parallelism"): served(
+        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"
+    ),
+    ("MLA", "tensor parallelism"): served(_CPU, why=f"two ranks, a tiny DeepSeek V2, {_BOTH}"),
+    ("MLA", "pipeline parallelism"): served(
+        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json",
+        "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-2.json",
+        why="a tiny DeepSeek V2, compiled, one thread a rank",
+    ),
+    ("recurrent layers", "tensor parallelism"): served(_CPU, why=f"two ranks, {_TINY}, {_BOTH}"),
+    ("recurrent layers", "pipeline parallelism"): served(_CPU, why=f"two stages, {_TINY}, compiled"),
+    ("INT8 weights and activations", "pipeline parallelism"): served(
+        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json", why="a tiny Qwen3, compiled, one thread a rank"
+    ),
+}
+EXPERTS_ON_CUDA = (
+    untried("measured with models without experts", releases="<0.33"),
+    served(
+        "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json",
+        _H200,
+        why="two layers of Qwen3-30B-A3B, two and four ranks, compiled",
+    ),
+)
+MLA_ON_CUDA = (
+    untried(releases="<0.33"),
+    served(
+        _H200,
+        why="two layers of DeepSeek-V2-Lite: two ranks compiled, with whole experts also in eager mode, and four "
+        "compiled",
+    ),
+)
