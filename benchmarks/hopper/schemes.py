@@ -91,6 +91,12 @@ _NVFP4 = {
     },
 }
 
+_NVFP4_ROWS = _NVFP4 | {
+    "config_groups": {
+        "group_0": _NVFP4["config_groups"]["group_0"]
+        | {"input_activations": _NVFP4["config_groups"]["group_0"]["weights"] | {"dynamic": "local"}}
+    }
+}
 _GATE = {"ignore": ["lm_head", "re:.*mlp.gate$"]}
 _ZEROS = {
     "group_0": _packed(4, 128)["config_groups"]["group_0"]
@@ -108,6 +114,7 @@ _ROUND = {
 }
 _MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
 _MODELOPT_FOUR = _MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+_MODELOPT_ROWS = _MODELOPT_FOUR | {"quant_algo": "NVFP4"}
 _QUARK_TENSOR = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
 _QUARK = {
     "quant_method": "quark",
@@ -122,6 +129,14 @@ _QUARK = {
     "exclude": ["lm_head"],
     "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
     "quant_mode": "eager_mode",
+}
+_OF_GROUPS = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "is_dynamic": False, "symmetric": True}
+_QUARK_ROWS = _QUARK | {
+    "global_quant_config": _QUARK["global_quant_config"]
+    | {
+        "weight": [_OF_GROUPS, _QUARK_TENSOR],
+        "input_tensors": [_OF_GROUPS | {"is_dynamic": True}, _QUARK_TENSOR],
+    }
 }
 
 # By the scheme's name: the model's shape, and the checkpoint's quantization_config, None if vLLM quantizes by itself.
@@ -173,6 +188,13 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "AutoRound": ("Qwen3-8B", _ROUND),
     "ModelOpt FP8": ("Qwen3-8B", _MODELOPT),
     "ModelOpt NVFP4": ("Qwen3-8B", _MODELOPT_FOUR),
+    "NVFP4 W4A4": ("Qwen3-8B", _NVFP4_ROWS),
+    "ModelOpt NVFP4 W4A4": ("Qwen3-8B", _MODELOPT_ROWS),
+    "ModelOpt NVFP4 W4A4 and KV cache": (
+        "Qwen3-8B",
+        _MODELOPT_ROWS | {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+    ),
+    "Quark NVFP4 W4A4": ("Qwen3-8B", _QUARK_ROWS),
     "Quark FP8": ("Qwen3-8B", _QUARK),
     "MXFP4": ("gpt-oss-20b", _MXFP4),
     "NVFP4": ("Qwen3-8B", _NVFP4),

@@ -81,6 +81,12 @@ def _blocks(config: Any) -> bool:
     return _every(config, ("fp8", "128x128", "fp8", "128", False, False, ""))
 
 
+def _nvfp4(config: Any) -> bool:
+    """Whether all quantized weights of a dense model are in NVFP4, with or without activations in NVFP4."""
+    both = ("nvfp4", "16", "", "", False, False, ""), ("nvfp4", "16", "nvfp4", "16", True, False, "")
+    return not (PARTS[MLA](config) or PARTS[EXPERTS](config)) and _every(config, *both)
+
+
 def _latent_blocks(config: Any) -> bool:
     return PARTS[MLA](config) and _blocks(config)
 
@@ -89,11 +95,11 @@ def _dense_blocks(config: Any) -> bool:
     return not (PARTS[MLA](config) or PARTS[EXPERTS](config)) and _blocks(config)
 
 
-def _every(config: Any, wanted: tuple[object, ...]) -> bool:
-    """Whether an engine has quantized weights, and what matters of each of their schemes is `wanted`."""
+def _every(config: Any, *wanted: tuple[object, ...]) -> bool:
+    """Whether an engine has quantized weights, and what matters of each of their schemes is one of `wanted`."""
     used = schemes.of(config) if PARTS[QUANTIZED](config) else ()
     kinds = [(s.weight, s.scale, s.activation, s.activation_scale, s.static, s.online, s.other) for s in used]
-    return bool(kinds) and all(kind == wanted for kind in kinds)
+    return bool(kinds) and all(kind in wanted for kind in kinds)
 
 
 def _checkpoint(config: Any) -> bool:
@@ -113,7 +119,7 @@ EIGHTH = "an FP8 KV cache"
 EXPERTS = "experts"
 _EMBEDS = "prompt embeddings"
 _CHANNELS, _LATENT_BLOCKS = "FP8 weights per channel", "FP8 blocks of 128 x 128 in models with MLA"
-_BLOCKS = "FP8 blocks of 128 x 128 in dense models"
+_BLOCKS, _NVFP4 = "FP8 blocks of 128 x 128 in dense models", "NVFP4 weights in dense models"
 _OTHERS = "other quantized weights"
 _TEXT = "multimodal models as text models (--language-model-only)"  # `beside` has images
 _INT8, _NO_INT8 = "INT8 weights and activations", "quantized weights other than INT8"
@@ -129,8 +135,10 @@ PARTS: dict[str, Callable[[Any], bool]] = {
     _CHANNELS: _channels,
     _LATENT_BLOCKS: _latent_blocks,
     _BLOCKS: _dense_blocks,
+    _NVFP4: _nvfp4,
     _OTHERS: lambda config: (
-        PARTS[QUANTIZED](config) and not any(held(config) for held in (_channels, _latent_blocks, _dense_blocks))
+        PARTS[QUANTIZED](config)
+        and not any(held(config) for held in (_channels, _latent_blocks, _dense_blocks, _nvfp4))
     ),
     _INT8: _int8,
     _NO_INT8: lambda config: PARTS[QUANTIZED](config) and not _int8(config),
@@ -382,6 +390,20 @@ PAIRS: tuple[Feature, ...] = (
             served(
                 "invariance-2026-11-30-h200-eighths-vllm-0.33.0.json",
                 why="two layers of Qwen3-8B's sizes, in eager mode; scales of 1",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
+        ascend=_REFUSED,
+    ),
+    _pairs(
+        EIGHTH,
+        _NVFP4,
+        cpu=_REFUSED,
+        cuda=(
+            served(
+                "invariance-2026-11-30-h200-nvfp4-rows-vllm-0.33.0.json",
+                why="two layers of Qwen3-8B's sizes, in eager mode; ModelOpt's checkpoint asks for the cache",
                 releases=">=0.33",
             ),
             _REFUSED,

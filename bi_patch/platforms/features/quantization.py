@@ -38,7 +38,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "ModelOpt: NVFP4 weights and activations",
         kinds.tool("modelopt", kinds.nvfp4_rows),
-        cells.NO_KERNEL,
+        cells.NO_KERNEL | {"cuda": cells.NVFP4_ROWS},
     ),
     (
         "Quark: FP8 per tensor, static activations",
@@ -46,7 +46,11 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
         cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES)),
     ),
     ("Quark: FP8 per channel", kinds.tool("quark", kinds.static, kinds.by_token), cells.cuda(cells.TRIAL)),
-    ("Quark: NVFP4 weights and activations", kinds.tool("quark", kinds.nvfp4_rows), cells.NO_KERNEL),
+    (
+        "Quark: NVFP4 weights and activations",
+        kinds.tool("quark", kinds.nvfp4_rows),
+        cells.NO_KERNEL | {"cuda": cells.NVFP4_ROWS_EAGER},
+    ),
     (
         "INT8 weights and activations (compressed-tensors W8A8)",
         lambda s: kinds.int8(s, TOKEN, static=False),
@@ -149,7 +153,11 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
         kinds.nvfp4,
         cells.NO_KERNEL | {"cuda": cells.NVFP4},
     ),
-    ("NVFP4 weights and activations (compressed-tensors)", kinds.nvfp4_rows, cells.NO_KERNEL),
+    (
+        "NVFP4 weights and activations (compressed-tensors)",
+        kinds.nvfp4_rows,
+        cells.NO_KERNEL | {"cuda": cells.NVFP4_ROWS},
+    ),
 )
 _OTHERS = "other quantized weights"
 # The rows that the README shows, and its names for them.
@@ -214,6 +222,8 @@ _COMPILED_RUNS = (
     "FP8 per channel or tensor, static activations (other methods)",
     "MXFP4 (gpt-oss as published)",
     "NVFP4 weights alone (compressed-tensors)",
+    "NVFP4 weights and activations (compressed-tensors)",
+    "ModelOpt: NVFP4 weights and activations",
     "FP8 in blocks of 128 x 128",
     "FP8 per channel or tensor, activations per token (compressed-tensors)",
     "FP8 per tensor, dynamic activations",
@@ -311,6 +321,7 @@ QUANTIZATION: tuple[Feature, ...] = (
             cells.AXES,
             cells.OSS_RUN,
             cells.NVFP4_RUN,
+            cells.ROWS_GRAPHS,
             why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static and dynamic activations, NVFP4 "
             "weights, and experts of 4 bits, in MXFP4 and in FP8",
         ),

@@ -108,6 +108,14 @@ NVFP4 = (
     ),
     NONE,
 )
+ROWS_EAGER = "invariance-2026-11-30-h200-nvfp4-rows-vllm-0.33.0.json"
+ROWS_GRAPHS = "invariance-2026-11-30-h200-nvfp4-rows-vllm-0.33.0-2.json"
+_IN_BF16 = "two layers of Qwen3-8B's sizes on the bundled kernels, activations in bf16"
+NVFP4_ROWS = (
+    served(ROWS_EAGER, ROWS_GRAPHS, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"),
+    NONE,
+)
+NVFP4_ROWS_EAGER = (served(ROWS_EAGER, why=f"{_IN_BF16}, in eager mode", releases=">=0.33"), NONE)
 Cells = dict[str, Cell | tuple[Cell, ...]]
 
 

@@ -1,4 +1,8 @@
-"""NVFP4 weights alone on a bundled kernel: `PackedNvFp4LinearKernel`, one of vLLM's kernels for such linear layers."""
+"""NVFP4 weights on a bundled kernel: `PackedNvFp4LinearKernel`, one of vLLM's kernels for such linear layers.
+
+Some checkpoints ask for activations in NVFP4, too. Hopper has no instruction for them, and vLLM's kernels there leave
+activations in 16 bits. So does this kernel: the checkpoint's scales of activations are loaded, and not used.
+"""
 
 import functools
 
@@ -8,12 +12,22 @@ _BITS, _GROUP = 4, 16
 
 
 def served() -> bool:
-    """Whether the bundled kernel serves layers that are made now: in bf16, on a device that runs enough forms of it."""
+    """Whether the bundled kernel serves layers that are made now: in bf16, on Hopper, which runs enough forms of it."""
     import torch
 
     from bi_patch.ops.cuda import packed_linear
 
     return torch.get_default_dtype() == torch.bfloat16 and packed_linear.serves_floats()
+
+
+# vLLM's backends that leave activations in 16 bits on Hopper. "emulation" rounds them, and the others do not start.
+_BACKENDS = ("auto", "humming", "marlin")
+
+
+def keeps_rows(backend: str) -> bool:
+    """Whether activations stay in 16 bits although a checkpoint asks for NVFP4, as in stock vLLM. backend: the value of
+    --linear-backend for such layers."""
+    return served() and backend in _BACKENDS
 
 
 @functools.cache

@@ -117,23 +117,24 @@ def _compressed(original):
 
 
 def _nvfp4(original):
-    """init_nvfp4_linear_kernel: for weights alone, take the bundled kernel, and where it does not serve, Humming's
-    batch-invariant schedules. A row certificate compares them."""
+    """init_nvfp4_linear_kernel: take the bundled kernel. Where it does not serve, weights alone take Humming's
+    batch-invariant schedules, and a row certificate compares them."""
 
     @functools.wraps(original)
     def init_nvfp4_linear_kernel(use_a16=False):
         from vllm.model_executor.kernels import linear
 
-        if use_a16 and nvfp4.served():
+        asked = linear._get_linear_backend(quantization="nvfp4_w4a16" if use_a16 else "nvfp4_w4a4")
+        if nvfp4.served() if use_a16 else nvfp4.keeps_rows(asked):
             return nvfp4.own()(linear.NvFp4LinearLayerConfig())
         kind = linear.HummingNvFp4LinearKernel
         able, reason = kind.is_supported()
         if not use_a16 or not able:
-            said = reason if use_a16 else "vLLM's kernels of upstream's mode round activations to NVFP4 on this GPU"
+            said = reason if use_a16 else f"vLLM may round activations to NVFP4, --linear-backend {asked}"
             raise UnsupportedFeature(
                 f"linear.cuda_nvfp4: bi_patch has no certified order for this checkpoint's NVFP4 layers ({said}). Use "
-                "a checkpoint with NVFP4 weights alone in bf16 on Hopper, or with the package humming-kernels, or set "
-                "BI_PATCH=0"
+                "bf16 on Hopper without --linear-backend, or NVFP4 weights alone with the package humming-kernels, or "
+                "set BI_PATCH=0"
             )
         return kind(linear.NvFp4LinearLayerConfig())
 
@@ -263,10 +264,14 @@ SEAMS = (
         close=_nvfp4,
         why="Marlin cuts K into parts by the number of rows, and upstream's mode has no kernel for NVFP4 weights with "
         "16-bit activations on Hopper",
-        how="layers with NVFP4 weights alone take a bundled kernel, in bf16 on Hopper. Elsewhere they take Humming's "
-        "batch-invariant schedules, and a row certificate compares them. Others are refused by name",
+        how="layers with NVFP4 weights take a bundled kernel, in bf16 on Hopper. There activations stay in bf16 if a "
+        "checkpoint asks for NVFP4, as in stock vLLM. Elsewhere, weights alone take Humming's batch-invariant "
+        "schedules, and a row certificate compares them. Others are refused by name",
         until="upstream's mode serves NVFP4 weights on Hopper",
         causes=(1,),
-        relies=("vllm.model_executor.kernels.linear.nvfp4.base:NvFp4LinearKernel",),
+        relies=(
+            "vllm.model_executor.kernels.linear.nvfp4.base:NvFp4LinearKernel",
+            "vllm.model_executor.kernels.linear:_get_linear_backend",
+        ),
     ),
 )

@@ -141,6 +141,7 @@ _SCALES = (".weight_scale", ".scales")
 _OF_EXPERTS = tuple(part + name[1:] for part in _EXPERTS for name in _SCALES)
 _EXPONENTS = tuple(f"{part}weight_scale" for part in _EXPERTS)  # MXFP4: 8 bits, for 32 elements of K
 _FOUR_BIT_FLOATS = 2.9  # the spread of random e2m1
+_MOST_NVFP4 = 6 * 448  # the greatest e2m1 times the greatest e4m3
 _SPREADS = {8: 73.0, 4: 4.6}  # of random integers of so many bits
 
 
@@ -187,7 +188,7 @@ def _nvfp4_size(named, name: str) -> int:
 
 def _fill_nvfp4(name: str, value, size: int, generator) -> bool:
     """Fill scales that give NVFP4 weights a spread of size ** -0.5: of groups about 32, and the one of all. The latter
-    divides in compressed-tensors, and multiplies in ModelOpt."""
+    divides in compressed-tensors, and multiplies elsewhere. So does the one of activations, for values of up to 8."""
     import torch
 
     if name.endswith(".weight_scale"):
@@ -197,6 +198,10 @@ def _fill_nvfp4(name: str, value, size: int, generator) -> bool:
         value.fill_(32 * _FOUR_BIT_FLOATS * size**0.5)
     elif name.endswith(".weight_scale_2"):
         value.fill_(1 / (32 * _FOUR_BIT_FLOATS * size**0.5))
+    elif name.endswith(".input_global_scale"):
+        value.fill_(_MOST_NVFP4 / 8)
+    elif name.endswith((".input_scale", ".input_scale_2")):
+        value.fill_(8 / _MOST_NVFP4)
     else:
         return False
     return True

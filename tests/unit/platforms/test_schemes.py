@@ -339,9 +339,8 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
     for row in (row for row in quantization.QUANTIZATION if row.name in names):
         cells = row.cell("cpu"), row.cell("ascend"), row.cell("cuda", Version("0.32.0"))
         assert {cell.state for cell in cells} == {"refused"}
-        measured = row.name in (INC_ROW, OPT_ROW, QUARK_ROW)
-        state = "served" if measured else "refused" if row.name in (OPT_FOUR, QUARK_FOUR) else "untried"
-        assert row.cell("cuda", Version("0.33.0")).state == state
+        measured = row.name in (INC_ROW, OPT_ROW, OPT_FOUR, QUARK_ROW, QUARK_FOUR)
+        assert row.cell("cuda", Version("0.33.0")).state == ("served" if measured else "untried")
 
 
 @pytest.mark.parametrize(
@@ -492,10 +491,10 @@ def test_a_checkpoint_may_ask_for_an_fp8_kv_cache_with_static_scales(strategy):
     assert not cache.asked(made)
 
 
-def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_or_in_blocks_only():
+def test_without_mla_an_fp8_kv_cache_is_served_beside_some_schemes_only():
     held = {row.name: row for row in pairs.PAIRS if row.name.startswith("an FP8 KV cache with")}
     (channels,) = (row for name, row in held.items() if name.endswith("FP8 weights per channel"))
-    (blocks,) = (row for name, row in held.items() if name.endswith("in dense models"))
+    (blocks,) = (row for name, row in held.items() if name.endswith("128 x 128 in dense models"))
     (others,) = (row for name, row in held.items() if "other quantized weights" in name)
     static = tensors(INT8 | {"type": "float"}, INT8 | {"type": "float", "strategy": "tensor"}, format="float-quantized")
     for checkpoint, served in ((CHANNELS, True), (static, False), (W8A8, False), (W4A16, False)):
@@ -511,6 +510,24 @@ def test_without_mla_an_fp8_kv_cache_is_served_beside_fp8_weights_per_channel_or
         made.lora_config = made.speculative_config = None
         assert bool(blocks.asked(made)) != experts and bool(others.asked(made)) == experts
         assert not channels.asked(made)
+    (fours,) = (row for name, row in held.items() if name.endswith("NVFP4 weights in dense models"))
+    modelopt = MODELOPT | {"quant_algo": "NVFP4", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    mixed = modelopt | {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
+    both = mixed | {"quantized_layers": mixed["quantized_layers"] | {"b": {"quant_algo": "FP8"}}}
+    for checkpoint, served, more in (
+        (tensors(NVFP4, **FLOATS, kv_cache_scheme=CACHE), True, {}),
+        (tensors(NVFP4, NVFP4_ROWS, **FLOATS, kv_cache_scheme=CACHE), True, {}),
+        (modelopt, True, {}),
+        (mixed, True, {}),
+        (both, False, {}),
+        (modelopt, False, {"is_moe": True}),
+        (modelopt, False, {"use_mla": True}),
+        (modelopt | {"new_option": 1}, False, {}),
+    ):
+        made = config(checkpoint, **more)
+        made.cache_config = SimpleNamespace(cache_dtype="auto")
+        made.lora_config = made.speculative_config = None
+        assert bool(fours.asked(made)) == served and bool(others.asked(made)) != served, checkpoint
 
 
 class Spec:

@@ -741,6 +741,17 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* NVFP4, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
         ("* NVFP4, 2 layers, compiled, prompts dequantized", *_RESTARTED, *_PUBLISHED),
     ),
+    **{
+        (name, "cuda"): (
+            (f"Qwen3-8B {scheme}, 2 layers, eager", *_SIX),
+            (f"Qwen3-8B {scheme}, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
+        )
+        for name, scheme in (
+            ("NVFP4 weights and activations (compressed-tensors)", "NVFP4 W4A4"),
+            ("ModelOpt: NVFP4 weights and activations", "ModelOpt NVFP4 W4A4"),
+        )
+    },
+    ("Quark: NVFP4 weights and activations", "cuda"): (("Qwen3-8B Quark NVFP4 W4A4, 2 layers, eager", *_SIX),),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
         ("* FP8 static, compressed-tensors,* eager", *_SIX),
         ("* FP8 static, compressed-tensors, 2 layers", *_SIX),
@@ -775,6 +786,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     + (
         ("* FP8 channel, 2 layers", *_LATE),
         ("* NVFP4, 2 layers, compiled", "prefix cache", "preemption", "eager and compiled"),
+        ("Qwen3-8B NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
+        ("Qwen3-8B ModelOpt NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
     ),
     ("quantized weights or experts in another scheme, compiled", "cpu"): tuple(
         (f"*-{scheme} bf16 compiled", *_SIX, "eager and compiled")
@@ -813,6 +826,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("an FP8 KV cache with FP8 blocks of 128 x 128 in dense models", "cuda"): (
         ("* FP8 block and KV cache,* eager", *_SIX),
+    ),
+    ("an FP8 KV cache with NVFP4 weights in dense models", "cuda"): (
+        ("* ModelOpt NVFP4 W4A4 and KV cache,* eager", *_SIX),
     ),
     ("an FP8 KV cache with FP8 weights per channel", "cuda"): (
         ("* FP8 channel and KV cache,* eager", *_SIX),

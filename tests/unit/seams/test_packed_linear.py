@@ -160,7 +160,9 @@ class HummingNvFp4LinearKernel:
 def test_nvfp4_weights_alone_take_the_kernel_that_is_certified(monkeypatch):
     monkeypatch.setattr(ops, "serves_floats", lambda: False)
     kernels = SimpleNamespace(
-        HummingNvFp4LinearKernel=HummingNvFp4LinearKernel, NvFp4LinearLayerConfig=lambda: "config"
+        HummingNvFp4LinearKernel=HummingNvFp4LinearKernel,
+        NvFp4LinearLayerConfig=lambda: "config",
+        _get_linear_backend=lambda quantization: "auto",
     )
     monkeypatch.setitem(sys.modules, "vllm.model_executor.kernels", SimpleNamespace(linear=kernels))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.kernels.linear", kernels)
@@ -194,8 +196,6 @@ def test_nvfp4_weights_in_bf16_on_hopper_take_the_bundled_kernel(monkeypatch, bf
     kernel = choose(use_a16=True)
     assert type(kernel).__name__ == quantized.PACKED_NVFP4 and kernel.input_quant_key() is None
     assert quantized.KERNELS[quantized.PACKED_NVFP4] == "packed_linear"
-    with pytest.raises(UnsupportedFeature, match="linear.cuda_nvfp4: .*round activations"):
-        choose()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert not nvfp4.served()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

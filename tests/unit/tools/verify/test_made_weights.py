@@ -49,6 +49,28 @@ def test_an_fp8_kv_cache_gets_a_scale_for_a_layer_or_one_for_each_key_head():
     assert made.unique().numel() == 16 and (made >= 0.01).all() and (made <= 0.03).all()
 
 
+@pytest.mark.parametrize(
+    ("packed", "whole", "of_rows", "sign"),
+    [
+        ("weight_packed", "weight_global_scale", "input_global_scale", -1),
+        ("weight", "weight_scale_2", "input_scale", 1),
+        ("weight", "weight_scale_2", "input_scale_2", 1),
+    ],
+)
+def test_nvfp4_weights_have_the_spread_of_other_matrices(packed, whole, of_rows, sign):
+    """In the names of compressed-tensors, ModelOpt and Quark. The scale of all fits values of activations up to 8."""
+    scale = torch.zeros(64, 16, dtype=torch.float8_e4m3fn)
+    held = {packed: torch.zeros(64, 128, dtype=torch.uint8), "weight_scale": scale}
+    (layer,) = model = torch.nn.Sequential(Layer(**held, **{whole: torch.zeros(2), of_rows: torch.zeros(2)}))
+    weights.fill(model, 7)
+    codes = getattr(layer, packed)
+    q = torch.stack((codes & 15, codes >> 4), -1).view(64, 256).long()
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])[q & 7] * torch.where(q > 7, -1, 1)
+    made = value * layer.weight_scale.float().repeat_interleave(16, 1) * getattr(layer, whole)[0] ** sign
+    assert 0.05 < made.std() < 0.08 and getattr(layer, whole).unique().numel() == 1
+    assert (getattr(layer, of_rows) ** sign * 6 * 448).tolist() == pytest.approx([8, 8])
+
+
 class LinearBase(Layer):
     """Named as vLLM's class, whose layers ranks cut."""
 
