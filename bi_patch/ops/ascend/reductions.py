@@ -28,7 +28,7 @@ def _reduce(x, dim, keepdim: bool, dtype, mean: bool):
     if x.dim() == 0:
         return x.to(dtype or x.dtype)
     count = math.prod(x.shape[d] for d in dims)
-    flat, kept = _last(x, dims)
+    flat, _ = _last(x, dims)
     if count == 0:
         out = flat.new_full(flat.shape[:-1], float("nan") if mean else 0.0, dtype=dtype or x.dtype)
     elif "npu_reduce_sum_batch_invariant" in machine.ascendc() and not mean and dtype in (None, x.dtype):

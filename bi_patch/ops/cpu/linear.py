@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import certify, machine
+from bi_patch.ops.cpu.numbered import Routes
 from bi_patch.ops.registration import define
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def _bundled(x: torch.Tensor, packed: torch.Tensor, n: int, k: int, bias: torch.
     return torch.ops.bi_cpu.gemm(x, packed, n, k, own)
 
 
-_HANDLE = "bi_patch_handle"  # attribute of a layer: the key of its route
-_layers: dict[int, Linear] = {}  # by handle; a route lives as long as its layer
-_handles = itertools.count()
+_layers: Routes[Linear] = Routes("bi_patch_handle", OPERATION, "linear")
 _routed: weakref.WeakSet[torch.nn.Module] | None = None
 
 
@@ -105,7 +103,7 @@ def route(
     packed = torch.ops.bi_cpu.gemm_pack(weight)
     _note(layer)
     asked = key(n, k, weight.dtype, bias is not None, library)
-    held = _layers.get(getattr(layer, _HANDLE, None))
+    held = _layers.of(layer)
     if held is not None and held.key == asked:
         held.packed.copy_(packed)
         held.vendor = vendor if held.vendor_rows else None
@@ -113,11 +111,7 @@ def route(
     certificate = certify.certify_linear(cache, asked, lambda: _certify(asked, weight, packed, bias, vendor, layer))
     rows = serving(certificate)
     made = Linear(asked, packed, n, k, vendor if rows else None, rows, weakref.ref(layer), bias is not None)
-    handle = next(_handles)
-    setattr(layer, _HANDLE, handle)
-    _layers[handle] = made
-    weakref.finalize(layer, _layers.pop, handle, None)
-    made.function = _function(made, handle)
+    made.function = _function(made, _layers.add(layer, made))
     return made.function
 
 
@@ -144,20 +138,19 @@ def _function(linear: Linear, handle: int) -> Vendor:
 
 def routes(model: torch.nn.Module) -> list[Linear]:
     """The routes of a model's layers."""
-    handles = (getattr(layer, _HANDLE, None) for layer in model.modules())
-    return [_layers[handle] for handle in handles if handle in _layers]
+    return _layers.within(model)
 
 
 def has_route(layer: torch.nn.Module) -> bool:
     """Whether `route` gave this layer a route."""
-    return getattr(layer, _HANDLE, None) in _layers
+    return _layers.of(layer) is not None
 
 
 def unpacked(layer: torch.nn.Module) -> torch.Tensor:
     """The weight [n, k] that a layer with a route computes with: its product with the identity is exact."""
     import torch
 
-    held = _layers[getattr(layer, _HANDLE)]
+    held = _layers.of(layer)
     eye = torch.eye(held.k, dtype=held.packed.dtype)
     return torch.ops.bi_cpu.gemm(eye, held.packed, held.n, held.k, None).T
 
@@ -286,11 +279,5 @@ def _define_op() -> None:
 
 
 def _run(x: torch.Tensor, bias: torch.Tensor | None, number: torch.Tensor, n: int) -> torch.Tensor:
-    held = _layers.get(number.item()) if number.ndim == 0 else None
-    layer = None if held is None else held.layer()
-    if layer is None or (held.n, held.k) != (n, x.shape[-1]):
-        raise CertificateFailed(
-            f"{OPERATION}: compiled code asks for a linear N={n} K={x.shape[-1]} that its model does not have. Delete "
-            "vLLM's compile cache, and start the engine again"
-        )
+    held, layer = _layers.called(number, n, x.shape[-1])
     return held(x, layer.weight, bias)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bi_patch.errors import CertificateFailed
 from bi_patch.ops import bits, certificates
 from bi_patch.ops.certificates import Certificate, Evidence, Key
 from bi_patch.ops.cpu import linear, machine
+from bi_patch.ops.cpu.numbered import Routes
 from bi_patch.ops.registration import define
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ def pieces(m: int, rows: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
         at += size
 
 
-_HANDLE = "bi_patch_quantized"  # attribute of a layer: the number of its route
-_layers: dict[int, Quantized] = {}  # by number; a route lives as long as its layer
-_handles = itertools.count()
+_layers: Routes[Quantized] = Routes("bi_patch_quantized", OPERATION, "quantized linear")
 
 
 def route(
@@ -129,18 +127,14 @@ def route(
     machine.load_kernels(cache)
     n, k = sizes
     asked = key(scheme, n, k, dtype, bias is not None, library)
-    held = _layers.get(getattr(layer, _HANDLE, None))
+    held = _layers.of(layer)
     if held is not None and held.key == asked:
         held.product = vendor if held.rows else substitute()
         return held.function
     certificate = certificates.obtain(cache, asked, lambda: _certify(asked, vendor, weight(), bias), instead=_INSTEAD)
     rows = serving(certificate)
     made = Quantized(asked, n, k, vendor if rows else substitute(), rows, weakref.ref(layer))
-    handle = next(_handles)
-    setattr(layer, _HANDLE, handle)
-    _layers[handle] = made
-    weakref.finalize(layer, _layers.pop, handle, None)
-    made.function = _function(made, handle)
+    made.function = _function(made, _layers.add(layer, made))
     return made.function
 
 
@@ -167,18 +161,17 @@ def _function(made: Quantized, handle: int) -> Product:
 
 def routes(model: torch.nn.Module) -> list[Quantized]:
     """The routes of a model's layers."""
-    handles = (getattr(layer, _HANDLE, None) for layer in model.modules())
-    return [_layers[handle] for handle in handles if handle in _layers]
+    return _layers.within(model)
 
 
 def has_route(layer: torch.nn.Module) -> bool:
     """Whether `route` gave this layer a route."""
-    return getattr(layer, _HANDLE, None) in _layers
+    return _layers.of(layer) is not None
 
 
 def scheme(layer: torch.nn.Module) -> str:
     """The scheme of a layer with a route, as it was given to `route`."""
-    return _layers[getattr(layer, _HANDLE)].key.problem.partition(" N=")[0]
+    return _layers.of(layer).key.problem.partition(" N=")[0]
 
 
 def key(scheme: str, n: int, k: int, dtype: torch.dtype, bias: bool, library: str) -> Key:
@@ -283,10 +276,5 @@ def _define_op() -> None:
 
 
 def _run(x: torch.Tensor, bias: torch.Tensor | None, number: torch.Tensor, n: int) -> torch.Tensor:
-    held = _layers.get(number.item()) if number.ndim == 0 else None
-    if held is None or held.layer() is None or (held.n, held.k) != (n, x.shape[-1]):
-        raise CertificateFailed(
-            f"{OPERATION}: compiled code asks for a quantized linear N={n} K={x.shape[-1]} that its model does not "
-            "have. Delete vLLM's compile cache, and start the engine again"
-        )
+    held, _ = _layers.called(number, n, x.shape[-1])
     return held(x, bias)

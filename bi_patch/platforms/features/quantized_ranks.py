@@ -16,7 +16,6 @@ _CPU_MORE = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-3.json"
 _CPU_UPDATES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-4.json"
 _ALONE = refused("nobody has compared bits of both together", todo="Use one of them")
 _NO_SEAM = refused("no patch point covers it yet")
-_TRIAL = untried()
 _H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
 _LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"

@@ -33,7 +33,7 @@ _DRAFTING = ("draft_model", "eagle", "eagle3")  # methods whose drafts a model o
 OWN_HEADS = frozenset({"MiMoForCausalLM"})  # models whose own heads (MTP) an engine was compared with
 _MADE_OF = frozenset({"MiMoMTPModel"})  # vLLM's names of these heads
 # Fields of a SpeculativeConfig whose values change neither a row of the model nor what is accepted. `model` and its
-# like are for `_odd_drafts`, `rejection_sample_method` and its like for `_other_rule`.
+# like are for `_beside_drafts`, `rejection_sample_method` and its like for `_other_rule`.
 _FREE = {
     *("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "max_model_len", "enforce_eager"),
     *("model", "revision", "quantization", "target_model_config", "target_parallel_config"),

@@ -7,6 +7,7 @@ its backends (AMX_MLA, CPU_MLA) keep their cache of latents, which bi_patch read
 import functools
 
 from bi_patch.errors import UnsupportedFeature
+from bi_patch.seams.mla import unsplit
 from bi_patch.seams.model import Seam, Target
 
 _LAYER = "vllm.model_executor.layers.attention.mla_attention"
@@ -81,21 +82,7 @@ def _build(original):
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedFeature("mla.cpu: on CPU, bi_patch covers only causal MLA. Set BI_PATCH=0")
-        made = self.metadata_cls(
-            num_reqs=common.num_reqs,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            num_actual_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc,
-            slot_mapping=common.slot_mapping,
-            head_dim=self.model_config.get_head_size(),
-            num_decodes=0,
-            num_decode_tokens=0,
-            num_prefills=common.num_reqs,
-            causal=True,
-            prefill=None,
-            decode=None,
-        )
+        made = unsplit(self, common)
         made.seq_lens, made.block_table = common.seq_lens, common.block_table_tensor
         return made
 

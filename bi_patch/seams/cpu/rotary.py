@@ -2,8 +2,7 @@
 
 import functools
 
-from bi_patch.seams.model import Seam, Target
-from bi_patch.seams.rotations import BASE, CLASSES
+from bi_patch.seams.rotations import CLASSES, seam
 
 
 def _rotary(original):
@@ -66,26 +65,13 @@ def _latent(original):
     return forward_native
 
 
-def _forward(name: str, qualname: str, close, module: str = BASE, **attributed) -> Seam:
-    return Seam(
-        name=f"rotary.{name}",
-        targets=(Target(module, qualname),),
-        close=close,
-        why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
-        how="one bundled kernel serves compiled and eager code, and rounds once",
-        until="upstream's compiled and eager code give equal bits at the same speed",
-        causes=(17,),
-        **attributed,
-    )
-
-
 _DEEPSEEK = "vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope"
 _MROPE = "vllm.model_executor.layers.rotary_embedding.mrope"
 _SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
 
 SEAMS = (
-    _forward("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary, serves=_SERVES),
-    _forward("cpu_native", "RotaryEmbedding.forward_native", _rotary),
-    _forward("cpu_sections", "MRotaryEmbedding.forward_native", _sections, _MROPE),
-    _forward("cpu_latent", "DeepseekScalingRotaryEmbedding.forward_native", _latent, _DEEPSEEK),
+    seam("cpu_forward", "RotaryEmbedding.forward_cpu", _rotary, serves=_SERVES),
+    seam("cpu_native", "RotaryEmbedding.forward_native", _rotary),
+    seam("cpu_sections", "MRotaryEmbedding.forward_native", _sections, _MROPE),
+    seam("cpu_latent", "DeepseekScalingRotaryEmbedding.forward_native", _latent, _DEEPSEEK),
 )

@@ -4,7 +4,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import adapters
-from bi_patch.seams.cuda.sampling import packed_rows
+from bi_patch.seams.cuda.sampling import packed_logits
 from bi_patch.seams.model import Seam, Target
 
 _RELEASES = ">=0.33"
@@ -108,17 +108,6 @@ def _hold(stack, change) -> None:
     setattr(stack, _HELD, (held, torch.tensor(table, dtype=torch.int32, device=stack.device)))
 
 
-def _packed(original):
-    """LogitsProcessorWithLoRA._get_logits: return logits whose row stride is the same for any number of rows."""
-
-    @functools.wraps(original)
-    def _get_logits(self, *args, **kwargs):
-        logits = original(self, *args, **kwargs)
-        return logits if logits is None else packed_rows(logits)
-
-    return _get_logits
-
-
 _UNTIL = "upstream's LoRA has one order at stock's speed"
 _PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
 _HEAD = "vllm.lora.layers.logits_processor"
@@ -194,7 +183,7 @@ SEAMS = (
         "cuda_stride",
         _HEAD,
         "LogitsProcessorWithLoRA._get_logits",
-        _packed,
+        packed_logits,
         "with a padded vocabulary, a single row of logits has another stride than several rows",
         "bi_patch packs the logits",
     ),

@@ -6,6 +6,7 @@ from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import active
 from bi_patch.seams.cuda import mla_prompts
 from bi_patch.seams.cuda.chunks import Metadata
+from bi_patch.seams.mla import unsplit
 
 # The prompt length of each request of the current step, in the order of the step. None for a dummy step.
 prompt_lengths = None
@@ -145,21 +146,7 @@ def _mixed(builder, common, rows, segments):
     from vllm.utils.torch_utils import async_tensor_h2d
 
     device, table = builder.device, common.block_table_tensor
-    made = builder.metadata_cls(
-        num_reqs=common.num_reqs,
-        max_query_len=common.max_query_len,
-        max_seq_len=common.max_seq_len,
-        num_actual_tokens=common.num_actual_tokens,
-        query_start_loc=common.query_start_loc,
-        slot_mapping=common.slot_mapping,
-        head_dim=builder.model_config.get_head_size(),
-        num_decodes=0,
-        num_decode_tokens=0,
-        num_prefills=common.num_reqs,
-        causal=True,
-        prefill=None,
-        decode=None,
-    )
+    made = unsplit(builder, common)
     generated, places = None, None
     if rows:
         count = len(rows)

@@ -1,7 +1,7 @@
 """Rotary embedding: compiled and eager code give the same bits in every batch."""
 
 from bi_patch.seams.model import Seam, Target
-from bi_patch.seams.rotations import BASE, CLASSES
+from bi_patch.seams.rotations import CLASSES, seam
 
 
 def _rotary(original):
@@ -69,19 +69,6 @@ def _covers(layer) -> bool:
     return plain and rotary.covers(layer.head_size, layer.rotary_dim, layer.is_neox_style)
 
 
-def _forward(name: str, qualname: str, close, **attributed) -> Seam:
-    return Seam(
-        name=f"rotary.{name}",
-        targets=(Target(BASE, qualname),),
-        close=close,
-        why="compiled code rounds where a fused kernel ends, and eager code rounds after every operation",
-        how="one bundled kernel serves compiled and eager code, and rounds once",
-        until="upstream's compiled and eager code give equal bits at the same speed",
-        causes=(17,),
-        **attributed,
-    )
-
-
 def _fused(model: str, qualname: str) -> Seam:
     return Seam(
         name=f"rotary.cuda_qk_norm_{model}",
@@ -98,8 +85,8 @@ def _fused(model: str, qualname: str) -> Seam:
 _SERVES = ("RotaryEmbedding", "RotaryEmbeddingBase")
 
 SEAMS = (
-    _forward("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary, serves=_SERVES, op="bi_patch.ops.cuda.rotary"),
-    _forward("cuda_native", "RotaryEmbedding.forward_native", _rotary),
+    seam("cuda_forward", "RotaryEmbedding.forward_cuda", _rotary, serves=_SERVES, op="bi_patch.ops.cuda.rotary"),
+    seam("cuda_native", "RotaryEmbedding.forward_native", _rotary),
     Seam(
         name="rotary.cuda_sections",
         targets=(

@@ -35,8 +35,8 @@ def _top_k_top_p(original):
     return apply_top_k_top_p
 
 
-def _logits(original):
-    """LogitsProcessor._get_logits: return logits whose row stride is the same for one row and for several."""
+def packed_logits(original):
+    """_get_logits, with and without LoRA: return logits whose row stride is the same for any number of rows."""
 
     @functools.wraps(original)
     def _get_logits(self, *args, **kwargs):
@@ -111,7 +111,7 @@ SEAMS = (
     Seam(
         name="sampling.cuda_logits",
         targets=(Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor._get_logits"),),
-        close=_logits,
+        close=packed_logits,
         why="with a padded vocabulary, a single row of logits has another stride than several rows, and Triton "
         "compiles another sum for another stride",
         how="bi_patch packs the logits, so that the stride is the same for every number of rows",

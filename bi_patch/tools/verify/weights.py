@@ -224,7 +224,7 @@ def _step(layer) -> float:
     size = getattr(layer, "input_size_per_partition", 0)
     if not size:
         return 0.0
-    integers = [p for name, p in layer.named_parameters() if not p.is_floating_point() and p.ndim >= 2]
+    integers = [p for p in layer.parameters() if not p.is_floating_point() and p.ndim >= 2]
     bits = {1: 8, 4: _packed_bits(layer)}.get(integers[0].element_size(), 0) if integers else 0
     spread = _SPREADS.get(bits, 0.0)
     return size**-0.5 / spread if spread else 0.0

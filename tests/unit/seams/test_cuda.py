@@ -716,10 +716,10 @@ def test_rows_of_logits_are_packed(rows, vocab):
     from bi_patch.seams.cuda import sampling
 
     held = torch.randn(rows, 56)
-    found = sampling._logits(lambda self, x: x[..., :vocab])(None, held)
+    found = sampling.packed_logits(lambda self, x: x[..., :vocab])(None, held)
     assert found.stride() == (vocab, 1) and torch.equal(found, held[:, :vocab])
     assert found.data_ptr() == held.data_ptr() or vocab != 56 or not rows
-    assert sampling._logits(lambda self, x: x)(None, None) is None
+    assert sampling.packed_logits(lambda self, x: x)(None, None) is None
 
 
 @pytest.mark.parametrize("release", [release for release in RELEASES if Version(release) < Version("0.33")])
