@@ -213,6 +213,11 @@ def _other_latent(config: Any) -> str:
     return "MLA with other tensor parallelism" if asked and (one_form() or not shown(config)) else ""
 
 
+def _other_recurrent(config: Any) -> str:
+    several = PARTS[RECURRENT](config) and size(config, "tensor_parallel_size") > 2
+    return "recurrent layers with other tensor parallelism" if several else ""
+
+
 def _more_than_two(config: Any) -> str:
     sizes = [size(config, f"{kind}_parallel_size") for kind in ("tensor", "pipeline", "data")]
     several = sorted(size for size in sizes if size > 1)
@@ -487,6 +492,13 @@ PAIRS: tuple[Feature, ...] = (
         cuda=untried("Mamba 2 with a norm is refused over several ranks, when the model is made"),
         ascend=_NO_SEAM,
         details="On CPU, each rank gathers the rows of a norm that ranks share.",
+    ),
+    row(
+        "recurrent layers with tensor parallelism over more than two ranks",
+        cpu=untried("measured with two ranks"),
+        cuda=untried(),
+        ascend=_NO_SEAM,
+        asked=_other_recurrent,
     ),
     _of_ranks(
         RECURRENT,

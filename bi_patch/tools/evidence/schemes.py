@@ -81,7 +81,7 @@ def _range(values: list[float]) -> str:
 
 
 BATCH = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
-_FEW_LAYERS = re.compile(r"(.+), 2 layers(?:, (eager|compiled))?$")
+_FEW_LAYERS = re.compile(r"(.+), 2 layers(?:, (eager|compiled)(?:, prompts dequantized)?)?$")
 _SCHEME = re.compile(r"FP8|FP4|INT8|AWQ|GPTQ|W[48]A16|AutoRound")
 _EAGER, _GRAPHS, _BOTH = "eager", "compiled", "eager and compiled"
 

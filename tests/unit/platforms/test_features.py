@@ -258,6 +258,23 @@ def test_weights_in_the_hosts_memory_are_named_untried():
     assert not any("host's" in name for name in table.untried(config(), "cuda", Version("0.33.0")))
 
 
+def test_ranks_are_untried_on_cpu_where_no_run_had_as_many():
+    def untried(tensor, pipeline=1, data=1, **changes):
+        sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
+        given = {f"parallel_{kind}_parallel_size": size for kind, size in sizes.items()}
+        return set(table.untried(config(**given, **changes), "cpu", Version("0.32.0")))
+
+    recurrent = "recurrent layers with tensor parallelism over more than two ranks"
+    both = "two kinds of tensor, pipeline and data parallelism, of which one has more than two ranks"
+    state = {"model_is_hybrid": True, "model_architectures": ["Qwen3NextForCausalLM"]}
+    assert recurrent not in untried(2, **state) and recurrent not in untried(4)
+    assert recurrent in untried(3, **state) and recurrent in untried(4, **state)
+    for few in ((2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1), (1, 1, 4)):
+        assert both not in untried(*few), few
+    for many in ((4, 2, 1), (2, 3, 1), (2, 1, 4), (1, 3, 2), (2, 2, 2)):
+        assert both in untried(*many), many
+
+
 def test_an_fp8_kv_cache_is_refused_where_it_was_not_tried():
     check("cuda", "0.33.0", cache_cache_dtype="fp8")
     for platform, release in (("cpu", None), ("cuda", "0.32.0"), ("ascend", None)):

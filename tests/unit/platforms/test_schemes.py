@@ -528,6 +528,7 @@ def test_without_mla_an_fp8_kv_cache_is_served_beside_some_schemes_only():
         made.cache_config = SimpleNamespace(cache_dtype="auto")
         made.lora_config = made.speculative_config = None
         assert bool(fours.asked(made)) == served and bool(others.asked(made)) != served, checkpoint
+    assert [fours.cell("cuda", Version(of)).state for of in ("0.32.0", "0.33.0")] == ["refused", "served"]
 
 
 class Spec:

@@ -91,6 +91,7 @@ def test_axes_of_quantized_weights_stand_by_mode(tmp_path):
         "a FP8, 2 layers, TP 2": ("batch size",),
         "a FP8, 4 layers": ("batch size",),
         "b INT8, 2 layers": ("batch size",),
+        "b INT8, 2 layers, compiled, prompts dequantized": ("decode = prefill", "restart"),
         "c, 2 layers": ("batch size",),
     }
     found.rows = [evidence.InvarianceRow(model, axis, 10, 0) for model, axes in held.items() for axis in axes]
@@ -98,7 +99,7 @@ def test_axes_of_quantized_weights_stand_by_mode(tmp_path):
     evidence.write(found, tmp_path)
     assert summary.blocks(evidence.current(tmp_path))["summary-invariance-h200-quantized"].splitlines()[2:] == [
         "| a FP8 | 6 of 6 | 2 of 6 | yes | eager, compiled | compiled |",
-        "| b INT8 | - | 1 of 6 | - | - | - |",
+        "| b INT8 | - | 2 of 6 | - | - | compiled |",
     ]
 
 
