@@ -271,6 +271,7 @@ OPT_MORE = "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone"
 OPT_FOUR, QUARK_FOUR = (f"{tool}: NVFP4 weights and activations" for tool in ("ModelOpt", "Quark"))
 GROUPS = {"config_groups": {"group_0": {"weights": {"group_size": 16}, "targets": ["Linear"]}}}
 ROUNDED = {"config_groups": {"group_0": GROUPS["config_groups"]["group_0"] | {"input_activations": {"group_size": 16}}}}
+SOME_ROUNDED = {"config_groups": ROUNDED["config_groups"] | {"group_1": GROUPS["config_groups"]["group_0"]}}
 OF_GROUPS = {"dtype": "fp4", "qscheme": "per_group", "group_size": 16, "is_dynamic": False, "symmetric": True}
 OF_ROWS, OF_ALL = OF_GROUPS | {"is_dynamic": True}, STATIC | {"group_size": None}
 QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8 per channel"
@@ -290,6 +291,7 @@ QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8
         (MODELOPT | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_FOUR),
         (MODELOPT | ROUNDED | {"quant_algo": "nvfp4", "group_size": 16}, "modelopt_fp4", OPT_FOUR),
         (MODELOPT | GROUPS | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_MORE),  # weights alone, as vLLM reads it
+        (MODELOPT | SOME_ROUNDED | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_FOUR),
         (
             {
                 "quant_method": "modelopt",

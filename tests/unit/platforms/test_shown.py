@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bi_patch.platforms.features import matrix, model, pairs, quantized_ranks, ranks, table
+from bi_patch.platforms.features import matrix, model, pairs, quantization, quantized_ranks, ranks, table
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
@@ -1040,6 +1040,13 @@ def test_each_run_of_ranks_has_a_file(run):
         entries.append((f"{_MODELS[architecture]}, 2 layers, {ranks_of}", *axes))
     files = [file.name for file in RESULTS.glob("invariance-*-h200-ranks-vllm-0.33.0*.json")]
     assert any(holds(file, entry) for file in files for entry in entries)
+
+
+@pytest.mark.parametrize("name", quantization._COMPILED_RUNS)
+def test_each_scheme_that_ran_compiled_has_a_compiled_model(name):
+    (cell,) = (cell for row, platform, cell in SERVED if (row, platform) == (name, "cuda"))
+    models = {held for file in cell.evidence for held in axes_by_model(file) if not held.endswith("eager")}
+    assert any(named(pattern, held) for pattern, *_ in SHOWN[name, "cuda"] for held in models)
 
 
 def test_nothing_is_entered_for_a_row_that_is_not_served():

@@ -224,14 +224,14 @@ def test_what_does_not_fit_is_refused(ops):
         conv.run(conv.states().float(), [slice(0, TOKENS)], *spans([TOKENS], [3], [True]))
 
 
-@pytest.mark.parametrize(("groups", "ranks"), [(1, 2), (1, 4), (2, 2), (4, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("groups", "ranks"), [(1, 2), (1, 4), (2, 4), (2, 2), (4, 2), (3, 2), (2, 1), (1, 1)])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_gated_norm_of_mamba_2_has_the_bits_of_one_rank(monkeypatch, ops, groups, ranks, rows):
-    """Ranks have whole groups of a row, or gather the row of one group."""
+    """Ranks have whole groups of a row, or gather the row if they share a group."""
     distributed = pytest.importorskip("vllm.distributed")
     made = torch.Generator().manual_seed(groups)
-    x, gate = (torch.randn(rows, 64, generator=made).bfloat16() for _ in range(2))
-    weight = torch.randn(64, generator=made).bfloat16()
+    x, gate = (torch.randn(rows, 192, generator=made).bfloat16() for _ in range(2))
+    weight = torch.randn(192, generator=made).bfloat16()
     monkeypatch.setattr(
         distributed,
         "tensor_model_parallel_all_gather",
@@ -249,7 +249,7 @@ def test_the_gated_norm_of_mamba_2_has_the_bits_of_one_rank(monkeypatch, ops, gr
             tp_size=of,
             tp_rank=rank,
             n_groups=groups,
-            group_size=64 // groups,
+            group_size=192 // groups,
             variance_epsilon=1e-5,
         )
 

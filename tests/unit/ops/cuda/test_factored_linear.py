@@ -270,6 +270,14 @@ def test_where_the_other_routes_certificate_is_gone_the_fastest_variant_serves(f
     assert served == [FEW, FEW, MANY, MANY, MANY, MANY]
 
 
+def test_dequantized_floats_do_not_serve_without_the_certificate_of_packed_ones(forms, tmp_path):
+    """This certificate is the one that compares what dequantizes."""
+    certified(tmp_path)
+    packed, x = drawn(), torch.randn(ROWS, K).bfloat16()
+    with pytest.raises(CertificateFailed, match="e2m1 .*has no certificate"):
+        packed_linear.packed_linear(x, packed.data, packed.scale, None, None, 4, 16, packed.whole)
+
+
 def test_dequantized_floats_with_other_bits_do_not_serve(forms, emulated, tmp_path):
     served, us, _ = forms
     us[packed_linear._WHOLE] = 40.0

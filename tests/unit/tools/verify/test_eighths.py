@@ -187,6 +187,14 @@ def test_the_parts_of_a_merged_layer_are_rounded_to_the_largest_scale(tmp_path):
     excess, rows, _ = eighths.compare(wrong, "layer.qkv_proj", eighths.BY_ROW, checkpoint, torch.bfloat16, (1, 16))
     assert excess == float("inf") and rows == 0
     assert eighths.near(eighths.loaded(one, 96, 96), checkpoint.weight("layer.qkv_proj", None)) == float("inf")
+    # And the part with the smaller scale, were it not rounded again, must be equal.
+    kept = torch.cat([held["weight"] for held in parts.values()])
+    scales = torch.cat([held["weight_scale"].repeat(len(held["weight"])) for held in parts.values()])
+    scales[64:] *= 1.001
+    assert eighths.compare(Rows(kept, scales), "layer.qkv_proj", eighths.BY_ROW, checkpoint, torch.bfloat16, (1,)) == (
+        *(float("inf"), 0),
+        (96, 96),
+    )
 
 
 def test_the_checkpoints_scale_of_activations_rounds_the_rows(tmp_path):
