@@ -204,6 +204,20 @@ def test_an_expression_that_nobody_reads_is_refused():
     assert rows(held) == ["other quantized weights"]
 
 
+# What a row says of another row's scheme. That row refuses the scheme.
+BESIDE = (
+    "quantized weights of a checkpoint, compiled",
+    "quantized weights or experts in another scheme, compiled",
+    "quantized weights in fp16 or fp32",
+)
+
+
+def test_older_releases_refuse_every_scheme_on_cuda():
+    for row in quantization.QUANTIZATION:
+        for release in releases.BY_PLATFORM["cuda"][:-1]:
+            assert row.name in BESIDE or row.cell("cuda", Version(release)).state == "refused", (row.name, release)
+
+
 def test_experts_and_heads_have_rows_of_their_own():
     zeros = "experts of 4 bits in groups with zero points (AWQ, compressed-tensors)"
     assert rows(AWQ, is_moe=True) == ["AWQ, 4 bits", zeros]
