@@ -100,6 +100,7 @@ CASES = {
             model, 1, MORE, eager=eager, stages=2, shape=FOUR | RECURRENT[model]
         )
         for model in RECURRENT
+        if model != "Granite 4-H"  # vLLM's model runs the layers of all stages in each, and stops
         for eager in (True, False)
     },
 }

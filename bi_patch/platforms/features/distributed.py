@@ -208,9 +208,10 @@ DISTRIBUTED: tuple[Feature, ...] = (
         cpu=served(
             _CPU_SIZES,
             _CPU_RANKS_UPDATED,
+            _CPU_STAGES,
             _CPU_REPLICAS,
-            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks; two ranks also "
-            "with two stages, and with two data-parallel ranks",
+            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks, also with two "
+            "stages; two ranks also with two data-parallel ranks",
         ),
         cuda=(
             refused(NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),
@@ -229,6 +230,7 @@ DISTRIBUTED: tuple[Feature, ...] = (
         cpu=served(
             _CPU_RANKS,
             _CPU_STAGES,
+            _CPU_REPLICAS,
             why="two stages, compiled and in eager mode, where stock vLLM 0.32 stops at the first request",
         ),
         cuda=(untried(releases="<0.33"), served(_H200_RANKS, why="two stages in eager mode")),

@@ -461,7 +461,7 @@ PAIRS: tuple[Feature, ...] = (
     ),
     row(
         "two kinds of tensor, pipeline and data parallelism, of which one has more than two ranks",
-        cpu=untried("measured with two by two ranks"),
+        cpu=untried("measured with two by two ranks, and BI_PATCH_TP_INVARIANT with four by two"),
         cuda=untried(),
         ascend=untried(),
         asked=_more_than_two,
@@ -479,7 +479,7 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "MLA with tensor parallelism in other models than DeepSeek V2, in one form (BI_PATCH_MLA=one), in eager mode "
         "with cut experts, or over more than two ranks (but four compiled ones with whole experts)",
-        cpu=untried("measured with a tiny DeepSeek V2 over two ranks"),
+        cpu=untried("measured with tiny DeepSeek V2 and V3 over two ranks"),
         cuda=untried(),
         ascend=_NO_SEAM,
         asked=_other_latent,
@@ -505,8 +505,8 @@ PAIRS: tuple[Feature, ...] = (
         STAGES,
         cuda=untried(),
         ascend=_NO_SEAM,
-        details="Each stage needs layers of every kind that the model has, or vLLM itself stops: 'Workers disagree on "
-        "supported KV cache layouts'.",
+        details="vLLM 0.32 and 0.33 stop at the start if a stage lacks a kind of layer that another has ('Workers "
+        "disagree on supported KV cache layouts'), and with Granite 4-H, whose stages run each other's layers.",
     ),
     *SHARED,
     _of_ranks(_INT8, STAGES, cuda=untried(), ascend=_NO_SEAM),

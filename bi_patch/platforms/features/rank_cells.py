@@ -8,28 +8,32 @@ _CPU = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
 _CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
 _H200 = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _BOTH = "in eager mode and compiled"
-_TINY = "tiny Qwen3-Next, Falcon-H1 and Mamba"
+_TINY = "tiny Qwen3-Next, Falcon-H1, Mamba, Jamba, LFM2"
+_ONE_THREAD = "compiled and in eager mode, one thread a rank"
 
 # On CPU, of the row with both features.
 CPU: dict[tuple[str, str], Cell] = {
     ("tensor parallelism", "pipeline parallelism"): served(
-        _CPU, _CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"
+        _CPU, _CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3 and Qwen3-MoE, {_BOTH}"
     ),
-    ("tensor parallelism", "data parallelism"): served(_CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"),
-    ("pipeline parallelism", "data parallelism"): untried(),
+    ("tensor parallelism", "data parallelism"): served(
+        _CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3 in bf16, INT8 and W4A16, {_BOTH}"
+    ),
+    ("pipeline parallelism", "data parallelism"): served(_CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"),
     ("experts", "tensor parallelism"): served(
         "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"
     ),
-    ("MLA", "tensor parallelism"): served(_CPU, why=f"two ranks, a tiny DeepSeek V2, {_BOTH}"),
+    ("MLA", "tensor parallelism"): served(_CPU, why=f"two ranks, a tiny DeepSeek V2 and V3, {_BOTH}"),
     ("MLA", "pipeline parallelism"): served(
         "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-4.json",
         "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-2.json",
-        why="a tiny DeepSeek V2, compiled, one thread a rank",
+        _CPU,
+        why=f"a tiny DeepSeek V2, {_ONE_THREAD}",
     ),
-    ("recurrent layers", "tensor parallelism"): served(_CPU, why=f"two ranks, {_TINY}, {_BOTH}"),
-    ("recurrent layers", "pipeline parallelism"): served(_CPU, why=f"two stages, {_TINY}, compiled"),
+    ("recurrent layers", "tensor parallelism"): served(_CPU, why=f"two ranks, {_TINY} and Granite 4-H, {_BOTH}"),
+    ("recurrent layers", "pipeline parallelism"): served(_CPU, why=f"two stages, {_TINY}, {_BOTH}"),
     ("INT8 weights and activations", "pipeline parallelism"): served(
-        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json", why="a tiny Qwen3, compiled, one thread a rank"
+        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json", _CPU, why=f"a tiny Qwen3, {_ONE_THREAD}"
     ),
 }
 EXPERTS_ON_CUDA = (

@@ -42,7 +42,7 @@ _OTHER_FOUR_BITS = ("tiny-qwen2-awq", "tiny-llama-gptq")
 _RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
 _STAGED = (*_RANKS[:3], "co-batch contents", "decode = prefill", "seeded sampling")
 _REPLICAS = ("batch size", "one by one", "data-parallel rank")
-_RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba")
+_RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba", "Jamba", "LFM2")
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
@@ -105,34 +105,42 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("speculative decoding with MLA", "cpu"): (("DeepSeek V3 bf16, n-grams", *_SPECULATED),),
     ("INT8 weights and activations with pipeline parallelism", "cpu"): (
         ("tiny-qwen3-int8 * PP 2 compiled", *_MLA, "decode = prefill"),
+        ("tiny-qwen3-int8 bf16 PP 2", *_MLA, "decode = prefill"),
     ),
     ("MLA with pipeline parallelism", "cpu"): (
         ("DeepSeek V2 * PP 2 compiled", *_MLA, "decode = prefill"),
         ("DeepSeek V2 * PP 2 compiled", "batch size", "position and order", "decode = prefill", "seeded sampling"),
+        ("DeepSeek V2 bf16 PP 2", "batch size", "position and order", "decode = prefill", "seeded sampling"),
     ),
     ("tensor parallelism with pipeline parallelism", "cpu"): tuple(
         (f"{model} bf16 TP 2 PP 2{mode}", *axes)
         for mode in ("", " compiled")
         for model, axes in (
             ("tiny-qwen3", (*_SIX, *_STAGED)),
+            ("tiny-qwen3-moe", (*_SIX, *_STAGED)),
             ("tiny-qwen3", _REPLICAS[:2]),
         )
     ),
     ("tensor parallelism with data parallelism", "cpu"): tuple(
-        (f"tiny-{model} bf16 TP 2 DP 2{mode}", *_REPLICAS) for mode in ("", " compiled") for model in ("qwen3",)
+        (f"tiny-{model} bf16 TP 2 DP 2{mode}", *_REPLICAS)
+        for mode in ("", " compiled")
+        for model in ("qwen3", "qwen3-int8", "qwen3-w4a16")
+    ),
+    ("pipeline parallelism with data parallelism", "cpu"): tuple(
+        (f"tiny-qwen3 bf16 PP 2 DP 2{mode}", *_REPLICAS) for mode in ("", " compiled")
     ),
     ("MLA with tensor parallelism", "cpu"): tuple(
-        (f"DeepSeek {version} bf16 TP 2{mode}", *_STAGED) for version in ("V2",) for mode in ("", " compiled")
+        (f"DeepSeek {version} bf16 TP 2{mode}", *_STAGED) for version in ("V2", "V3") for mode in ("", " compiled")
     ),
     ("recurrent layers with tensor parallelism", "cpu"): tuple(
         (f"{family} bf16 TP 2{mode}", *_STAGED, "prefix cache", "chunk budget")
-        for family in _RECURRENT
+        for family in (*_RECURRENT, "Granite 4-H", "Granite 4-H, one group")
         for mode in ("", " compiled")
     ),
     ("recurrent layers with pipeline parallelism", "cpu"): tuple(
         (f"{family}, four layers, bf16 PP 2{mode}", *_STAGED, "prefix cache", "chunk budget")
         for family in _RECURRENT
-        for mode in (" compiled",)
+        for mode in ("", " compiled")
     ),
     ("processed logprobs and logits (--logprobs-mode)", "cpu"): (("*", "processed logprobs"),),
     ("processed logprobs and logits (--logprobs-mode)", "cuda"): (("Qwen3-30B-A3B*", "processed logprobs"),),
@@ -211,10 +219,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* fp32, TP 1, 2 and 4 equal", *_EQUAL),
         ("* bf16, TP 1, 2 and 4 equal", *_EQUAL),
         ("* bf16, TP 1, 2 and 4 equal, compiled", *_EQUAL),
+        ("* bf16 PP 2, TP 1, 2 and 4 equal", *_EQUAL),
         *((f"* TP 2 {kind} 2, equal for every size", *_REPLICAS[:2]) for kind in ("PP", "DP")),
     ),
     ("pipeline parallelism", "cpu"): (
         ("* PP 2 compiled", *_REPLICAS[:2]),
+        ("tiny-qwen3 bf16 PP 2", *_REPLICAS[:2]),
         ("tiny-qwen3 bf16 PP 2", *_SIX, *_STAGED),
     ),
     ("pipeline parallelism, compiled", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
