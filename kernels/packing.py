@@ -18,7 +18,8 @@ before the bias is added. Their 4 bytes for each instruction are four registers'
 takes few instructions to unpack (`_PLACES`). A scale is the byte whose bits are those of s * 2**119 in bf16 from the
 fifth exponent bit to the third of the mantissa; the bits above are ones, those below zeros. The scales of a strip and a
 block of 128 elements of K are contiguous: a row's and the eighth row's after it, for each group, for each of 8 rows.
-Of experts there is no `whole`: s is 2**7 times a power of two (e8m0 of the same standard), so w is v times the power.
+Each expert has a `whole` of its own. In groups of 32 there is none: s is 2**7 times a power of two (e8m0 of the same
+standard), so w is v times the power.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Packed(NamedTuple):
 
     data: uint8, N * K * bits / 8 elements for each expert. scale: [K / group, N], or [E, K / group, N], bf16 or fp16.
     zero: the zero points, of scale's shape and type, or None: of 4 bits plus BASE, of 8 bits less 128. bits: 4 or 8.
-    group: elements of K. whole: of e2m1 without experts, fp32 [], by which sums are multiplied. Of e2m1, scale is
+    group: elements of K. whole: of e2m1, fp32 [], or [E] (`has_whole`), by which sums are multiplied. Of e2m1, scale is
     uint8, and its shape says nothing of its order.
     """
 
@@ -73,6 +74,11 @@ def covers(n: int, k: int, bits: int, group: int, floats: bool = False) -> bool:
     if floats:
         return n % STRIP == 0 and k % BLOCK_K == 0 and bits == 4 and group in (16, 32)
     return n % STRIP == 0 and k % BLOCK_K == 0 and bits in MIDDLE and (group in (32, 64) or group % BLOCK_K == 0)
+
+
+def has_whole(group: int, experts: bool) -> bool:
+    """Whether sums of floats e2m1 in groups of so many are multiplied by a number `whole`."""
+    return not experts or group != _OF_EXPONENT
 
 
 def covers_float_experts(n: int, k: int) -> bool:
@@ -117,12 +123,34 @@ def pack_floats(q: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor) -> Pa
 
     Raises ValueError if `covers` is false, or if a scale is not finite, or has no byte.
     """
-    import torch
-
     n, k = q.shape
     group = k // scale.shape[1]
     if not covers(n, k, 4, group, True):
         raise ValueError(f"cannot pack {n} x {k} floats of 4 bits in groups of {group}")
+    data, scales = _scaled(q, scale, group)
+    return Packed(data, scales.view(k // group, n), None, 4, group, (whole.float() * 2.0**7).reshape(()).clone())
+
+
+def pack_scaled_experts(q: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor) -> Packed:
+    """Pack experts' floats e2m1 q [E, N, K], uint8 from 0 to 15, with scales [E, N, K / 16] as `pack_floats`, and an
+    fp32 number for each expert, whole [E]: a weight is q * scale * whole.
+
+    Raises ValueError as `pack_floats`, for other groups, and if there is no expert.
+    """
+    experts, n, k = q.shape
+    group = k // scale.shape[2]
+    if not experts or not covers(n, k, 4, group, True) or not has_whole(group, True):
+        raise ValueError(f"cannot pack {experts} experts of {n} x {k} floats of 4 bits in groups of {group}")
+    data, scales = _scaled(q.flatten(0, 1), scale.flatten(0, 1), group)
+    wholes = (whole.float() * 2.0**7).reshape(experts).clone()
+    return Packed(data, scales.view(experts, k // group, n), None, 4, group, wholes)
+
+
+def _scaled(q: torch.Tensor, scale: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Floats e2m1 [N, K] and their scales [N, K / group], as bytes in the kernels' order. Raises ValueError for a scale
+    that is not finite, or has no byte."""
+    import torch
+
     held = scale.float()
     zero, below = held == 0, held < 0
     held = held.abs().where(~zero, 1)
@@ -134,8 +162,7 @@ def pack_floats(q: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor) -> Pa
     # A scale has no sign, and is not zero: both go to the group's floats.
     turned = q ^ below.to(torch.uint8).mul_(8).repeat_interleave(group, 1)
     turned *= (~zero).to(torch.uint8).repeat_interleave(group, 1)
-    scales = _laid((bits >> 4 & 255).to(torch.uint8), group).view(k // group, n)
-    return Packed(_floats(turned).view(-1), scales, None, 4, group, (whole.float() * 2.0**7).reshape(()).clone())
+    return _floats(turned).view(-1), _laid((bits >> 4 & 255).to(torch.uint8), group)
 
 
 def pack_float_experts(q: torch.Tensor, exponent: torch.Tensor) -> Packed:

@@ -10,7 +10,7 @@ import functools
 from ctypes import c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..packing import BLOCK_K, MIDDLE, STRIP, Packed
+from ..packing import BLOCK_K, MIDDLE, STRIP, Packed, has_whole
 from . import nvrtc
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Form(NamedTuple):
             "E2M1": int(floats),
             "EXPERTS": int(experts),
             "TAIL": int(tail),
+            "WHOLE": int(floats and has_whole(BLOCK_K // groups, experts)),
             "LEAST": max(1, self.tiles // _FEWEST),
             "ONE": f"{one * 0x10001:#x}u",
             "BASE": f"{base * 0x10001:#x}u",
@@ -355,9 +356,9 @@ def product_of_experts(
 ) -> None:
     """out[id] = round((x[id // each] @ w[e].T + bias[e]) * weights[id]) for each id of each expert e, in one launch.
 
-    x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type, or floats e2m1
-    without `whole`; K may be x's up to the next multiple of 128, and what x lacks counts as zeros. bias: [E, N] of x's
-    type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry in
+    x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type, or floats e2m1;
+    K may be x's up to the next multiple of 128, and what x lacks counts as zeros. `whole` multiplies a sum before the
+    bias is added. bias: [E, N] of x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry in
     rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
     """
     import torch
@@ -368,8 +369,10 @@ def product_of_experts(
         return
     cols, depth = packed.shape
     rest = x.shape[1] - depth + BLOCK_K
-    if not 0 < rest <= BLOCK_K or rest % 8 or packed.whole is not None:
+    if not 0 < rest <= BLOCK_K or rest % 8:
         raise ValueError(f"packed: the kernel does not take rows of {x.shape[1]} for weights {packed.shape} of experts")
+    if (packed.whole is not None) != (packed.floats and has_whole(packed.group, True)):
+        raise ValueError(f"packed: {'a' if packed.whole is not None else 'no'} number `whole` of these experts")
     _check_type(x, packed)
     _check_bits(packed, form.bits)
     if out.shape != (rows.ids, cols) or not out.is_contiguous() or out.data_ptr() % 16:
@@ -390,6 +393,7 @@ def product_of_experts(
             f"packed: the kernel does not take {rows.ids} ids of {x.shape[0]} rows of {x.shape[1]} elements"
         )
     arguments += [c_longlong(inverse), *map(c_int, (rows.ids, tiles, depth // packed.group, rest))]
+    arguments += [] if packed.whole is None else [c_void_p(packed.whole.data_ptr())]
     span = min(tiles, _SPAN)
     grid = span, -(-cols // (16 * form.warps)), -(-tiles // span)
     held(grid, torch.cuda.current_stream(x.device).cuda_stream, arguments)

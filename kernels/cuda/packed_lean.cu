@@ -6,11 +6,12 @@
 // 16 rows of w. TILES: eights of ids in a block. STAGES of BLOCKS blocks of 128 elements of K each are in shared memory;
 // the threads wait once a stage. K has whole stages, except with TAIL (rows.h). GROUPS: groups of scales in a block of K.
 // LONG: whether a group has more than 128 elements. ZEROS: whether there are zero points. INPUT: the 16-bit type. E2M1:
-// whether weights are floats, whose sums are multiplied by `whole`, except those of experts. unpack.h unpacks.
+// whether weights are floats. WHOLE: whether their sums are multiplied by `whole`; experts have one each. unpack.h
+// unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of mma.m16n8k16 takes K in ascending order in one pass.
-// (q - zero) * scale is rounded once, a float times its scale is exact, the bias is added in fp32, the factor multiplies
-// in fp32, and the result is rounded once. No warp shares an output with another.
+// (q - zero) * scale is rounded once, a float times its scale is exact, `whole` multiplies in fp32, the bias is added in
+// fp32, the factor multiplies in fp32, and the result is rounded once. No warp shares an output with another.
 //
 // With few rows, the instructions that unpack take most of the time, so all others count.
 
@@ -119,6 +120,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   for (int i = 0; i < STAGES - 1; ++i) load();
 
   float factor[2 * TILES], sum[TILES][4];
+#if WHOLE && EXPERTS
+  const float whole_of_expert = fetch(whole + expert);  // long before the sums need the number
+#endif
 #pragma unroll
   for (int i = 0; i < 2 * TILES; ++i) factor[i] = factors && is_row(id[i], limit) ? fetch(factors + id[i]) : 1;
 #pragma unroll
@@ -192,7 +196,9 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 2 + i % 2, n = strip * 16 + g + i / 2 * 8;
-#if E2M1 && !EXPERTS
+#if WHOLE && EXPERTS
+      sum[t][i] = times_unflushed(sum[t][i], whole_of_expert);
+#elif WHOLE
       sum[t][i] = times_unflushed(sum[t][i], *whole);
 #endif
       float value = bias ? sum[t][i] + added[i / 2] : sum[t][i];

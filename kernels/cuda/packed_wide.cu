@@ -5,8 +5,8 @@
 // eights of rows of x in a block. STAGES: blocks of 128 elements of K in shared memory. GROUPS: groups of scales in such
 // a block. ZEROS: whether there are zero points. INPUT: the 16-bit type. EXPERTS: whether rows belong to experts
 // (rows.h), each with weights, scales, zero points and bias of its own, one expert's after the other's. LEAST: of experts,
-// the fewest eights of rows that a block multiplies where its tile has few rows. E2M1: whether weights are floats, whose
-// sums are multiplied by `whole`, except those of experts. TAIL: rows.h. unpack.h unpacks.
+// the fewest eights of rows that a block multiplies where its tile has few rows. E2M1: whether weights are floats.
+// WHOLE: whether their sums are multiplied by `whole`; experts have one each. TAIL: rows.h. unpack.h unpacks.
 //
 // Order of one output: that of packed.cu. One fp32 accumulator of wgmma.m64nNk16 takes K in ascending order in one pass.
 // The weights of 16 elements of K lie in a warp's registers as for mma.m16n8k16, so both read one packing.
@@ -70,7 +70,7 @@ struct Task {
   const u16* bias;
   u16* out;
   int rows, cols, depth, group, stride, column;
-#if E2M1 && !EXPERTS
+#if WHOLE
   const float* whole;
 #endif
 #if EXPERTS
@@ -217,7 +217,7 @@ DEVICE void multiply(const Task& task) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = t * 8 + lane % 4 * 2 + i % 2, n = warp * 16 + g + i / 2 * 8;
-#if E2M1 && !EXPERTS
+#if WHOLE
       sum[t][i] = times_unflushed(sum[t][i], *task.whole);
 #endif
       float value = task.bias ? sum[t][i] + added[i / 2] : sum[t][i];
@@ -278,8 +278,11 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   w += static_cast<i64>(expert) * (cols / 16) * (depth / 128) * BLOCK_BYTES;
   const i64 at = static_cast<i64>(expert) * scales * cols * (SCALE_BYTES / (16 * GROUPS));
   if (bias) bias += static_cast<i64>(expert) * cols;
-  multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column, copied, ids,
-                        factors, inverse, limit, rest},
+  multiply_used<TILES>({x, w, scale + at, zero + at, bias, out, rows, cols, depth, group, stride, column,
+#if WHOLE
+                        whole + expert,
+#endif
+                        copied, ids, factors, inverse, limit, rest},
                        greatest(used));
 }
 #else
@@ -288,7 +291,7 @@ KERNEL product(const u16* x, const unsigned char* w, const unsigned char* scale,
   const i64 first = block_x() * 8 * TILES;  // row of x: neighbouring blocks share weights
   multiply<TILES>({x + first * stride, w, scale, zero, bias, out + first * cols, rows - static_cast<int>(first), cols,
                    depth, group, stride, block_y()
-#if E2M1
+#if WHOLE
                    , whole
 #endif
   });

@@ -3,7 +3,8 @@
 // the row of x. In a tile, ids from `limit` on fill the end. experts: of each tile; -1: its rows of out get zeros.
 // padded: how many ids count. factors: of each id, multiplies its sum, or null. tiles: all, also those beyond `padded`.
 // scales: depth / group. A division would take long beside a product of few rows. With TAIL, rows of x end inside of
-// w's last block of 128 elements of K: `rest` elements of x belong to the block, and zeros follow.
+// w's last block of 128 elements of K: `rest` elements of x belong to the block, and zeros follow. WHOLE: whether sums are
+// multiplied by `whole`, a number of its own for each expert.
 //
 // Blocks go through a few tiles (the grid's x) for one column of out after the other (y), and then through the next
 // tiles (z). So x and w of blocks that run together are few and stay in the cache: few experts have these tiles.
@@ -24,9 +25,14 @@ DEVICE void find_rows(int (&at)[count], const int (&ids)[most], i64 inverse, int
 }
 
 #if EXPERTS
+#if WHOLE
+#define PARAMETER_WHOLE , const float* whole
+#else
+#define PARAMETER_WHOLE
+#endif
 #define PARAMETERS_OF_EXPERTS                                                                                \
   , const int *ids, const int *experts, const int *padded, const float *factors, i64 inverse, int limit,     \
-      int tiles, int scales, int rest
+      int tiles, int scales, int rest PARAMETER_WHOLE
 
 struct Row {
   int id;  // -1: none

@@ -1,14 +1,16 @@
 """Products of experts with packed weights of 4 bits on CUDA, on a bundled kernel. All forms of it have one order.
 
-Weights are integers, or floats e2m1 with powers of two as scales (MXFP4). Order: that of 16-bit linears
-(bi_patch.ops.cuda.linear) for the dequantized weights of each expert. The sum, with the expert's bias, is multiplied by
-the router's weight in fp32, and rounded once (kernels/cuda/packed.py).
+Weights are integers, or floats e2m1 with powers of two as scales (MXFP4), or with scales in e4m3 and one fp32 number
+for each expert (NVFP4), by which the fp32 sum is multiplied. Order: that of 16-bit linears (bi_patch.ops.cuda.linear)
+for the dequantized weights of each expert. The sum, with the expert's bias, is multiplied by the router's weight in
+fp32, and rounded once (kernels/cuda/packed.py).
 
 A certificate compares each form with the bundled GEMM of the dequantized weights, expert by expert. A form that differs
 does not serve. No other kernel takes packed weights, so no engine starts if no form is left.
 
 As for linears, half of the compared sums are exactly zero. The router's weights are 1 and -1: such a product rounds
-nothing, so it can be made after the reference is rounded.
+nothing, so it can be made after the reference is rounded. NVFP4's numbers of experts are powers of two, so the
+reference's weights can have them.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ _log = logging.getLogger("vllm.bi_patch")
 OPERATION = "cuda.packed_products"
 DATA = "sums of zero and others, several experts"
 _EXPERTS, _TOP = 5, 3  # of the compared products
+_WHOLES = (0.25, 2.0, 0.5, 1.0, 0.125)  # of NVFP4's experts in a comparison: powers of two
 _COMPARED = (1, 2, 3, 8, 9, 17, 40, 130, 300)  # tokens
 
 
@@ -44,8 +47,9 @@ class Problem(NamedTuple):
     """One product of each expert: y [M, n] = x [M, k] @ w [n, k].T + bias [n], w from integers of 4 bits.
 
     dtype: of x, y, bias and the scales. group: elements of K that share a scale. zeros: whether there are zero points.
-    floats: weights are floats e2m1, with powers of two as scales, in place of integers. K of the packed weights may be
-    greater than k, up to the next multiple of 128.
+    floats: weights are floats e2m1 in place of integers, in groups of 32 with powers of two as scales, or in groups of
+    16 with scales in e4m3 and one number for each expert. K of the packed weights may be greater than k, up to the next
+    multiple of 128.
     """
 
     n: int
@@ -69,6 +73,13 @@ class Problem(NamedTuple):
         from bi_patch.kernels.packing import BLOCK_K
 
         return self.k % BLOCK_K > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether each expert has one fp32 number for all of its weights."""
+        from bi_patch.kernels.packing import has_whole
+
+        return self.floats and has_whole(self.group, True)
 
 
 _able: dict[Problem, tuple[int, ...]] = {}  # numbers of the forms whose certificate passed
@@ -229,12 +240,13 @@ def _certify(problem: Problem, key: Key) -> Certificate:
 
 
 def _drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
-    """As packed_linear.drawn, of one expert. Of floats e2m1, exponents of three neighbouring values, K filled up."""
+    """As packed_linear.drawn, of one expert. Of floats in groups of 32, exponents of three neighbouring values, K filled
+    up."""
     import torch
 
     from bi_patch.kernels.packing import pack_float_experts
 
-    if not problem.floats:
+    if not problem.floats or problem.whole:
         return packed_linear.drawn(problem.of_one(), order, generator)
     n, k, device = problem.n, problem.k, generator.device
     half = torch.randint(-7, 8, (n, k // 2), generator=generator, device=device, dtype=torch.int16)
@@ -264,7 +276,10 @@ class _Trial:
         zero = torch.stack([one.zero for one in each]) if problem.zeros else None
         scale = torch.stack([one.scale for one in each])
         weights = [packed_linear.dequantize(one)[:, :k].contiguous() for one in each]
-        self.packed = Packed(torch.cat([one.data for one in each]), scale, zero, 4, problem.group)
+        whole = torch.tensor(_WHOLES, device="cuda") if problem.whole else None
+        if whole is not None:
+            weights = [weight * by for weight, by in zip(weights, _WHOLES, strict=True)]
+        self.packed = Packed(torch.cat([one.data for one in each]), scale, zero, 4, problem.group, whole)
         self.bias = torch.stack([bias for _, bias in made]) if problem.bias else None
         self.want = torch.stack(
             [linear.bundled(self.x, w, bias, False) for w, (_, bias) in zip(weights, made, strict=True)]

@@ -1,16 +1,16 @@
 """Experts with packed weights of 4 bits: which kernels a row certificate covers, and how to call them.
 
-`PackedExperts` (packed_products.py) and `PackedFloatExperts` (mxfp4.py) are bi_patch's. Layers that they do not cover
-keep what vLLM takes in upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one
+`PackedExperts` (packed_products.py), `PackedFloatExperts` (mxfp4.py) and `PackedNvFp4Experts` (nvfp4_experts.py) are
+bi_patch's. Layers that the first two do not cover keep what vLLM takes in upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one
 accumulator, and gets one tile for every number of rows (moe.cuda_default). `HummingIndexedExperts` (of the package
 humming-kernels) takes its batch-invariant schedules: one block of K for every number of rows, and no parts.
 """
 
 from bi_patch.seams import library
 
-OWN, FLOATS, _HUMMING = "PackedExperts", "PackedFloatExperts", "HummingIndexedExperts"
+OWN, FLOATS, NVFP4, _HUMMING = "PackedExperts", "PackedFloatExperts", "PackedNvFp4Experts", "HummingIndexedExperts"
 # bi_patch's own, with the seam that brings each.
-OWNED = {OWN: "packed_products.cuda_kernel", FLOATS: "mxfp4.cuda_kernel"}
+OWNED = {OWN: "packed_products.cuda_kernel", FLOATS: "mxfp4.cuda_kernel", NVFP4: "nvfp4_experts.cuda_kernel"}
 KINDS = (*OWNED, "TritonWNA16Experts", _HUMMING)
 
 

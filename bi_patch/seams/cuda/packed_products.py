@@ -129,14 +129,15 @@ def own() -> type:
 
             form = packed_experts.form(first, ids, experts)
             rows = align(form)
-            data = Packed(w1, self.w1_scale, self.w1_zp, 4, first.group)
+            wholes = self.bi_patch_wholes()
+            data = Packed(w1, self.w1_scale, self.w1_zp, 4, first.group, wholes[0])
             packed_experts.product(hidden_states, data, Rows(*rows, top_k, ids), self.w1_bias, form, up)
             if activation.value != "swigluoai" or not gated.swigluoai_and_mul(active, up):
                 self.activation(activation, active, up)
             then = packed_experts.form(second, ids, experts)
             if then.tiles != form.tiles:
                 rows = align(then)
-            data = Packed(w2, self.w2_scale, self.w2_zp, 4, second.group)
+            data = Packed(w2, self.w2_scale, self.w2_zp, 4, second.group, wholes[1])
             packed_experts.product(active, data, Rows(*rows, 1, ids, weights), self.w2_bias, then, down)
             self.moe_sum(down.view(tokens, top_k, k), output, topk_ids, expert_map)
 
@@ -151,6 +152,10 @@ def own() -> type:
                     for (_, n, half), scale, zero, bias in ((w.shape, *rest) for w, *rest in held)
                 )
             return self._problems
+
+        def bi_patch_wholes(self):
+            """Of each product, the fp32 number of each expert that multiplies its sums, or None."""
+            return None, None
 
         _problems = None
 

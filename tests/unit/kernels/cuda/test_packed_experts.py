@@ -28,13 +28,14 @@ def launched(emulated, monkeypatch, tmp_path):
     def use(form, group, zeros):
         def kernel(name, form, groups, zeros, dtype, device, experts=False, floats=False, tail=False):
             key = form, groups, zeros, experts, floats, tail
+            wholes = floats and groups == 8  # the experts have a number each
             if key not in built:
                 folder = tmp_path / str(len(built))
                 folder.mkdir()
                 built[key] = emulated(
                     folder,
                     "packed_wide" if form.wide else "packed_lean" if experts else "packed",
-                    {"product": PARAMETERS + (OF_EXPERTS if experts else OF_ONE)},
+                    {"product": PARAMETERS + OF_EXPERTS * experts + OF_ONE * (not experts or wholes)},
                     form.defines(groups, zeros, dtype, experts, floats, tail),
                     ("unpack.h", "rows.h"),
                 )
@@ -177,6 +178,91 @@ def test_floats_of_experts(launched, form, case, n, k, bias, share, factors):
     assert again[:share].isnan().all() and torch.equal(again[share:], out[share:])
 
 
+def scaled_of(experts, n, k, bias):
+    """As `floats_of`, with scales in e4m3 and a number of each expert."""
+    generator = torch.Generator().manual_seed(n + k)
+    q = torch.randint(0, 16, (experts, n, k), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(1, 127, (experts, n, k // 16), generator=generator, dtype=torch.uint8)
+    scale[0, 3, 0], scale[0, 5, 1] = 0, 128 + 60  # zero, and a negative scale
+    scale = scale.view(torch.float8_e4m3fn)
+    whole = 2.0 ** -torch.arange(6.0, 6.0 + experts)  # a power of two: the products of both are exact
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)[q.long() & 7] * torch.where(q > 7, -1, 1)
+    added = torch.randn((experts, n), generator=generator).bfloat16() if bias else None
+    weight = value * scale.double().repeat_interleave(16, 2) * whole.double()[:, None, None]
+    return packing.pack_scaled_experts(q, scale, whole), added, weight
+
+
+@pytest.mark.parametrize(
+    ("form", "case", "n", "k", "bias", "share", "factors"),
+    [
+        (packed.Form(2, 1, 3), "ragged", 48, 256, True, 2, True),
+        (packed.Form(4, 1, 2, blocks=2), "many", 80, 512, False, 2, False),
+        (packed.Form(4, 2, 2, blocks=2), "ragged", 48, 256, False, 1, True),
+        (packed.Form(4, 1, 2, blocks=4), "single", 80, 512, False, 1, True),
+        (packed.Form(4, 1, 3, True), "ragged", 80, 128, False, 1, True),
+        (packed.Form(8, 2, 4, True), "many", 144, 256, True, 2, True),
+        (packed.Form(8, 4, 4, True), "ragged", 144, 384, False, 2, False),
+    ],
+)
+def test_scaled_floats_of_experts(launched, form, case, n, k, bias, share, factors):
+    chosen = CHOSEN[case]
+    held, added, exact = scaled_of(4, n, k, bias)
+    assert held.shape == (n, k) and held.scale.shape == (4, k // 16, n) and held.whole.shape == (4,)
+    launched(form, 16, False)
+    ids = len(chosen)
+    x = torch.randn(ids // share, k).bfloat16()
+    by = 2.0 ** torch.randint(-3, 3, (ids,)) if factors else None
+    rows = packed.Rows(*sort(chosen, 8 * form.tiles), share, ids, by)
+    out = torch.full((ids, n), torch.nan).bfloat16()
+    packed.product_of_experts(x, held, rows, added, form, out)
+    for expert in set(chosen):
+        mine = torch.tensor([i for i, of in enumerate(chosen) if of == expert])
+        bias_of = None if added is None else added[expert]
+        own = one_of(held, expert)._replace(whole=held.whole[expert])
+        want = packed.product(x[mine // share].clone(), own, bias_of, form)
+        double = x[mine // share].double() @ exact[expert].T + (0 if bias_of is None else bias_of.double())
+        assert (want.double() - double).norm() < 4e-3 * double.norm()
+        assert torch.equal(out[mine], want * by[mine, None].bfloat16() if factors else want), expert
+
+
+def test_a_number_of_each_expert_multiplies_the_fp32_sum(launched):
+    form, n, k = packed.Form(2, 1, 3), 32, 128
+    held, _, _ = scaled_of(2, n, k, False)
+    launched(form, 16, False)
+    x, rows = torch.randn(2, k).bfloat16(), packed.Rows(*sort([0, 1], 8), 1, 2, torch.tensor([0.7, 0.3]))
+    out, sums = torch.zeros(2, n).bfloat16(), torch.zeros(2, n, dtype=torch.bfloat16)
+    third = held._replace(whole=torch.tensor([1 / 3, 3.0]) * 2.0**7)
+    packed.product_of_experts(x, third, rows, None, form, out)
+    for expert in range(2):
+        own = one_of(third, expert)._replace(whole=third.whole[expert])
+        sums[expert] = packed.product(x[expert : expert + 1].clone(), own, None, form)
+    exact = out.double()
+    near = sums.double() * rows.weights.double()[:, None]  # rounded twice: to 16 bits before the router's weight
+    assert (exact - near).abs().max() <= 2**-7 * near.abs().max() and not torch.equal(exact, near.bfloat16().double())
+
+
+def test_scaled_floats_of_experts_that_have_no_packing_are_refused(launched):
+    held, _, _ = scaled_of(2, 32, 128, False)
+    form, q = packed.Form(2, 1, 3), torch.ones((2, 32, 128), dtype=torch.uint8)
+    launched(form, 16, False)
+    scale, whole = torch.ones(2, 32, 8), torch.ones(2)
+    for wrong in (torch.nan, torch.inf, 2.0**9, 2.0**-23):
+        other = scale.clone()
+        other[1, 7, 2] = wrong
+        with pytest.raises(ValueError, match="not finite, or out of range"):
+            packing.pack_scaled_experts(q, other, whole)
+    for experts, n, k, group in ((0, 32, 128, 16), (2, 40, 128, 16), (2, 32, 192, 16), (2, 32, 128, 32)):
+        given = torch.ones((experts, n, k), dtype=torch.uint8), torch.ones(experts, n, k // group), torch.ones(experts)
+        with pytest.raises(ValueError, match=f"cannot pack {experts} experts of {n} x {k} floats of 4 bits"):
+            packing.pack_scaled_experts(*given)
+    x, rows, out = torch.zeros(2, 128).bfloat16(), packed.Rows(*sort([0, 1], 8), 1, 2), torch.zeros(2, 32).bfloat16()
+    with pytest.raises(ValueError, match="no number `whole` of these experts"):
+        packed.product_of_experts(x, held._replace(whole=None), rows, None, form, out)
+    powers = packing.pack_float_experts(q, torch.full((2, 32, 4), 120, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="a number `whole` of these experts"):
+        packed.product_of_experts(x, powers._replace(whole=whole), rows, None, form, out)
+
+
 def test_floats_of_experts_that_have_no_packing_are_refused(launched):
     q, exponent = torch.full((2, 32, 160), 1, dtype=torch.uint8), torch.full((2, 32, 5), 120, dtype=torch.uint8)
     for wrong in (0, 97, 129, 254, 255):
@@ -220,7 +306,7 @@ def test_what_the_kernel_does_not_take_is_refused(launched):
 def test_forms_of_experts_fit_and_one_serves_every_number_of_ids():
     for form in packed.FORMS_OF_EXPERTS:
         assert packed.fits(form, 32, True, 232448, experts=True) and form.runs_on((9, 0)), form
-        assert packed.fits(form, 32, False, 232448, True, True), form
+        assert all(packed.fits(form, group, False, 232448, True, True) for group in (16, 32)), form
         outputs = 8 * form.tiles * (32 * form.warps + 16)  # they pass through shared memory
         assert not form.wide or outputs <= form.shared_bytes(1, False)
     for experts in (1, 8, 60, 128, 512):
@@ -243,5 +329,5 @@ def test_the_kernel_of_experts_compiles(dtype):
         for groups, zeros in ((1, True), (4, False)):
             assert packed.build(form, groups, zeros, dtype, "sm_90", 13, True)
         if dtype == "torch.bfloat16":
-            for tail in (False, True):
-                assert packed.build(form, 4, False, dtype, "sm_90", 13, True, True, tail)
+            for groups, tail in ((4, False), (4, True), (8, False)):
+                assert packed.build(form, groups, False, dtype, "sm_90", 13, True, True, tail)

@@ -121,6 +121,20 @@ def test_floats_have_a_problem_of_their_own(monkeypatch, tmp_path):
     assert made and packed_experts.form(problem, 8, 32) in packed.FORMS_OF_EXPERTS
 
 
+def test_floats_with_scales_have_a_number_of_each_expert(monkeypatch, tmp_path):
+    problem = packed_experts.Problem(256, 2048, torch.bfloat16, False, 16, False, True)
+    assert str(problem) == "experts N=256 K=2048 e2m1 groups of 16 bfloat16" and problem.whole and not problem.tail
+    assert not problem._replace(group=32).whole and not PROBLEM.whole
+    made = comparisons(monkeypatch, ())
+    packed_experts.certify([problem], 64, tmp_path)
+    assert made and packed_experts.form(problem, 8, 128) in packed.FORMS_OF_EXPERTS
+    generator = torch.Generator().manual_seed(1)
+    one, bias = packed_experts._drawn(problem, torch.randperm(problem.k, generator=generator), generator)
+    assert one.floats and one.group == 16 and one.scale.shape == (128, 256) and bias is None
+    wholes = packed_experts._WHOLES
+    assert len(set(wholes)) == len(wholes) == packed_experts._EXPERTS  # another expert's number shows
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_half_of_the_compared_sums_of_floats_are_zero(bias):
     problem = packed_experts.Problem(32, 160, torch.bfloat16, bias, 32, False, True)
