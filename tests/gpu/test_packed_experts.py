@@ -80,21 +80,28 @@ def test_a_launch_may_be_captured():
     assert torch.equal(out, again) and out.any()
 
 
-@pytest.mark.parametrize("k", [768, 416])  # the second is not a multiple of 128
-@pytest.mark.parametrize("tokens", [1, 9, 150])
-def test_every_form_has_the_bits_of_the_dense_product_of_floats(k, tokens):
-    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
-
-    from bi_patch.kernels.cuda import packed
-    from bi_patch.kernels.packing import pack_float_experts
+def floats(k, scaled):
+    """Random floats e2m1 of experts, with exponents or with scales in e4m3 and a number of each expert."""
+    from bi_patch.kernels.packing import pack_float_experts, pack_scaled_experts
 
     generator = torch.Generator("cuda").manual_seed(k)
     q = torch.randint(0, 16, (EXPERTS, N, k), generator=generator, device="cuda", dtype=torch.uint8)
-    exponent = torch.randint(117, 121, (EXPERTS, N, k // 32), generator=generator, device="cuda").to(torch.uint8)
-    held, added = (
-        pack_float_experts(q, exponent),
-        torch.randn((EXPERTS, N), generator=generator, device="cuda").bfloat16(),
-    )
+    if not scaled:
+        exponent = torch.randint(117, 121, (EXPERTS, N, k // 32), generator=generator, device="cuda")
+        return pack_float_experts(q, exponent.to(torch.uint8))
+    scale = (32 * (0.5 + torch.rand((EXPERTS, N, k // 16), generator=generator, device="cuda"))).to(torch.float8_e4m3fn)
+    return pack_scaled_experts(q, scale, torch.rand(EXPERTS, generator=generator, device="cuda") * 0.001)
+
+
+# The second K is not a multiple of 128.
+@pytest.mark.parametrize(("k", "scaled"), [(768, False), (416, False), (768, True)])
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+def test_every_form_has_the_bits_of_the_dense_product_of_floats(k, scaled, tokens):
+    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+    from bi_patch.kernels.cuda import packed
+
+    held, added = floats(k, scaled), torch.randn((EXPERTS, N), device="cuda").bfloat16()
     x = torch.randn(tokens, k, device="cuda").bfloat16()
     x[:, k // 2 :] = x[:, : k // 2].flip(1) * -1.03  # sums that cancel show another order
     chosen = torch.randint(0, EXPERTS // TOP, (tokens, TOP), device="cuda", dtype=torch.int32) * TOP
@@ -105,7 +112,9 @@ def test_every_form_has_the_bits_of_the_dense_product_of_floats(k, tokens):
     for expert in set(flat.tolist()):
         mine = (flat == expert).nonzero().flatten()
         own = held._replace(
-            data=held.data.view(EXPERTS, -1)[expert].clone(), scale=held.scale[expert].clone(), whole=one
+            data=held.data.view(EXPERTS, -1)[expert].clone(),
+            scale=held.scale[expert].clone(),
+            whole=held.whole[expert].clone() if scaled else one,
         )
         want[mine] = packed.product(wide[mine // TOP], own, added[expert].clone(), packed.Form(4, 4, 8, True))
     doubles = torch.full((ids,), 2.0, device="cuda")

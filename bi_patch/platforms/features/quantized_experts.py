@@ -61,6 +61,12 @@ def _one_scale_otherwise(scheme: Scheme) -> bool:
     return kinds.one_scale(scheme) or scheme.method == "compressed-tensors" and kinds.fp8(scheme, TENSOR, TOKEN)
 
 
+def _nvfp4(scheme: Scheme) -> bool:
+    """NVFP4 weights. On Hopper activations stay in 16 bits, also where the checkpoint asks for NVFP4."""
+    known = scheme.method in ("compressed-tensors", "modelopt")
+    return known and (kinds.nvfp4(scheme) or kinds.nvfp4_rows(scheme))
+
+
 # A scheme is of the first kind that takes it.
 _KINDS: tuple[Callable[[Scheme], bool], ...] = (
     _blocks,
@@ -73,6 +79,7 @@ _KINDS: tuple[Callable[[Scheme], bool], ...] = (
     _made,
     _zeros,
     _eight_bits,
+    _nvfp4,
 )
 
 
@@ -170,5 +177,10 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         asked=_by_wna16,
     ),
     row("experts in MXFP4", **cells.REFUSED | {"cuda": cells.OSS}, asked=quantized_experts(kinds.mxfp4)),
+    row(
+        "experts in NVFP4 (compressed-tensors, ModelOpt)",
+        **cells.NO_KERNEL | {"cuda": (cells.TRIAL, cells.NONE)},
+        asked=quantized_experts(_nvfp4),
+    ),
     row("quantized experts", **cells.REFUSED, asked=quantized_experts(None)),
 )

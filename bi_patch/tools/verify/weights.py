@@ -178,11 +178,12 @@ def _fill_exponents(named, name: str, generator) -> None:
 
 
 def _nvfp4_size(named, name: str) -> int:
-    """K of the NVFP4 weights of a linear that a parameter scales, 0 if it scales no such weights."""
-    stem = name.rpartition(".")[0]
+    """K of the NVFP4 weights that a parameter scales, 0 if it scales no such weights."""
+    part = next((part for part in _EXPERTS if part in name), ".")
+    stem = name[: name.rindex(part) + len(part)] if part in name else ""
     for scale, packed in (("weight_global_scale", "weight_packed"), ("weight_scale_2", "weight")):
-        if f"{stem}.{scale}" in named and f"{stem}.{packed}" in named:
-            return named[f"{stem}.{packed}"].shape[1] * 2
+        if f"{stem}{scale}" in named and f"{stem}{packed}" in named:
+            return named[f"{stem}{packed}"].shape[-1] * 2
     return 0
 
 
@@ -191,6 +192,8 @@ def _fill_nvfp4(name: str, value, size: int, generator) -> bool:
     divides in compressed-tensors, and multiplies elsewhere. So does the one of activations, for values of up to 8."""
     import torch
 
+    for part in _EXPERTS:
+        name = name.replace(part, ".")
     if name.endswith(".weight_scale"):
         noise = torch.rand(value.shape, generator=generator, device=value.device)
         value.copy_(32 * (0.5 + noise))

@@ -248,7 +248,7 @@ def test_experts_and_heads_have_rows_of_their_own():
     assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
     for four in (tensors(NVFP4, **FLOATS), tensors(NVFP4, NVFP4_ROWS, **FLOATS)):
-        assert rows(four, is_moe=True)[1:] == ["quantized experts"]
+        assert rows(four, is_moe=True)[1:] == ["experts in NVFP4 (compressed-tensors, ModelOpt)"]
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head (GPTQ)"]
     assert rows(AWQ | {"lm_head": True}) == ["AWQ, 4 bits", "quantized language-model head (other methods)"]
 

@@ -69,6 +69,7 @@ def test_experts_by_their_kernel(platform):
     made, experts = owners.Owners(), type("RoutedExperts", (), {})()
     runner = type("MoERunner", (), {"routed_experts": experts})()
     own = ("PackedExperts", "packed_products.cuda_kernel"), ("PackedFloatExperts", "mxfp4.cuda_kernel")
+    own += (("PackedNvFp4Experts", "nvfp4_experts.cuda_kernel"),)
     for name, seam in (*own, ("Triton", LAYERS[platform]["MoERunner"])):
         kernel = types.SimpleNamespace(fused_experts=type(name, (), {})())
         experts.quant_method = types.SimpleNamespace(moe_kernel=kernel)
