@@ -161,7 +161,11 @@ ROUNDS: list[list[Entry]] = [
         scheme("FP8 KV cache", (5.0, 4.0, 2.5), modes=UPSTREAM),
         scheme("GPTQ", QUANTIZED, modes=UPSTREAM),
     ],
-    [scheme("INT8", QUANTIZED, modes=UPSTREAM), scheme("FP8 tensor", QUANTIZED, modes=UPSTREAM)],
+    [
+        scheme("INT8", QUANTIZED, modes=UPSTREAM),
+        scheme("FP8 tensor", QUANTIZED, modes=UPSTREAM),
+        scheme("NVFP4 experts", (3.5, 4.0, 2.5)),
+    ],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
 # The last round, only by its number: two GPUs.
