@@ -358,8 +358,9 @@ def product_of_experts(
 
     x: [M, K], bf16 or fp16, aligned to 16 bytes, without gaps in K. packed: of experts, of x's type, or floats e2m1;
     K may be x's up to the next multiple of 128, and what x lacks counts as zeros. `whole` multiplies a sum before the
-    bias is added. bias: [E, N] of x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1 gets zeros; a row without an entry in
-    rows.sorted_ids stays as before. The host waits for nothing, so the launch may be captured in a CUDA graph.
+    bias is added. bias: [E, N] of x's type or None. out: [ids, N] of x's type, contiguous. A row whose expert is -1
+    gets zeros; a row without an entry in rows.sorted_ids stays as before. The host waits for nothing, so the launch may
+    be captured in a CUDA graph.
     """
     import torch
 

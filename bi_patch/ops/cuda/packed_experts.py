@@ -240,8 +240,8 @@ def _certify(problem: Problem, key: Key) -> Certificate:
 
 
 def _drawn(problem: Problem, order: torch.Tensor, generator: torch.Generator):
-    """As packed_linear.drawn, of one expert. Of floats in groups of 32, exponents of three neighbouring values, K filled
-    up."""
+    """As packed_linear.drawn, of one expert. Floats in groups of 32 get exponents of three neighbouring values, and K
+    is filled up."""
     import torch
 
     from bi_patch.kernels.packing import pack_float_experts

@@ -54,7 +54,9 @@ def _odd(config) -> str:
         "several ranks that do not split each expert": any(getattr(ranks, size) != 1 for size in _ALONE),
         f"activations in {config.in_dtype}": config.in_dtype != torch.bfloat16,
         "another activation than SwiGLU": config.activation != MoEActivation.SILU,
-        "a clamped or scaled SwiGLU": any(getattr(config, f"swiglu_{n}") is not None for n in ("limit", "alpha", "beta")),
+        "a clamped or scaled SwiGLU": any(
+            getattr(config, f"swiglu_{n}") is not None for n in ("limit", "alpha", "beta")
+        ),
         "a bias": config.has_bias,
         f"sizes {inner} and {hidden}, which must be multiples of 128": not all(
             covers(n, k, 4, _GROUP, True) for n, k in sizes

@@ -1,9 +1,10 @@
 """Experts with packed weights of 4 bits: which kernels a row certificate covers, and how to call them.
 
 `PackedExperts` (packed_products.py), `PackedFloatExperts` (mxfp4.py) and `PackedNvFp4Experts` (nvfp4_experts.py) are
-bi_patch's. Layers that the first two do not cover keep what vLLM takes in upstream's mode. `TritonWNA16Experts` dequantizes in the tile, adds K in ascending order in one
-accumulator, and gets one tile for every number of rows (moe.cuda_default). `HummingIndexedExperts` (of the package
-humming-kernels) takes its batch-invariant schedules: one block of K for every number of rows, and no parts.
+bi_patch's. Layers that the first two do not cover keep what vLLM takes in upstream's mode. `TritonWNA16Experts`
+dequantizes in the tile, adds K in ascending order in one accumulator, and gets one tile for every number of rows
+(moe.cuda_default). `HummingIndexedExperts` (of the package humming-kernels) takes its batch-invariant schedules: one
+block of K for every number of rows, and no parts.
 """
 
 from bi_patch.seams import library

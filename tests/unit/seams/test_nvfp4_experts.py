@@ -24,7 +24,7 @@ def oracle():
 
 
 def given(n, k):
-    """Random floats of each expert: what vLLM loads with the numbers that multiply, and the weights in fp32 [E, n, k]."""
+    """Random floats of each expert: what vLLM loads, with numbers that multiply, and the weights in fp32."""
     generator = torch.Generator().manual_seed(n + k)
     q = torch.randint(0, 16, (E, n, k), generator=generator, dtype=torch.uint8)
     scale = (torch.rand((E, n, k // 16), generator=generator) * 32 + 16).to(torch.float8_e4m3fn)
@@ -176,7 +176,10 @@ def test_weights_of_another_kernel_are_converted_by_vllm():
     held = SimpleNamespace(quant_method=SimpleNamespace(experts_cls=object))
     convert("MARLIN", held, *range(8), is_act_and_mul=True)
     convert("MARLIN", SimpleNamespace(), *range(8), True)
-    assert seen == [(("MARLIN", held, *range(8)), {"is_act_and_mul": True}), (("MARLIN", seen[1][0][1], *range(8), True), {})]
+    assert seen == [
+        (("MARLIN", held, *range(8)), {"is_act_and_mul": True}),
+        (("MARLIN", seen[1][0][1], *range(8), True), {}),
+    ]
 
 
 def test_scales_that_the_kernel_does_not_hold_are_refused():
@@ -284,7 +287,9 @@ def test_random_weights_have_the_spread_of_others(kind):
 
     made, experts = torch.nn.Module(), torch.nn.Module()
     made.add_module("experts", experts)
-    packed_name, whole = ("weight", "weight_scale_2") if kind == "modelopt" else ("weight_packed", "weight_global_scale")
+    packed_name, whole = (
+        ("weight", "weight_scale_2") if kind == "modelopt" else ("weight_packed", "weight_global_scale")
+    )
     for part, (n, k), one in (("w13", SIZES[0], (E, 2)), ("w2", SIZES[1], (E,))):
         for name, value in (
             (packed_name, torch.zeros((E, n, k // 2), dtype=torch.uint8)),
