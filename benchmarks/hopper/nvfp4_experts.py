@@ -6,7 +6,7 @@ Bits: the certificates of both products of a layer, every form against the wides
 rows of a layer among different numbers of rows, and a layer's distance from fp64. Times: a layer's two products with
 what is around them, as vLLM's method runs them, on each kernel, with the same random weights and the same experts for
 each token, in turns. Marlin is what vLLM takes without upstream's mode. --forms: times of each form of the bundled
-kernel, the products alone.
+kernel and of some others, the products alone.
 """
 
 import argparse
@@ -34,6 +34,15 @@ TOKENS = (1, 8, 64, 256, 4096)
 ROWS = (1, 2, 3, 5, 8, 17, 33, 64, 129, 256, 513)
 COMPARED = (1, 3, 8, 16, 40, 64, 130, 256, 777, 4096)  # tokens of which all forms are compared
 FORMS_AT = (64, 256, 1, 8, 4096, 512, 128, 16, 32)  # tokens, the most important first
+# Forms that do not serve, beside those that do.
+CANDIDATES = (
+    four.Form(2, 1, 3, blocks=2),
+    four.Form(8, 1, 2, blocks=2),
+    four.Form(4, 4, 2, blocks=2),
+    four.Form(8, 4, 6, True),
+    four.Form(16, 8, 4, True),
+    four.Form(8, 16, 4, True),
+)
 SPREAD = 2.9  # of random floats e2m1
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BACKENDS = {"bundled": "auto", "marlin": "marlin"}
@@ -210,7 +219,11 @@ def forms(out, name, held, at, end, timed):
         chosen = [routed(name, tokens, seed)[2] for seed in range(number)]
         factors = torch.rand((ids,), device="cuda")
         widest = max(four.FORMS_OF_EXPERTS, key=lambda form: (form.wide, form.tiles))
-        able = [f for f in four.FORMS_OF_EXPERTS if not timed or ids / experts <= 16 * f.tiles]
+        able = four.FORMS_OF_EXPERTS
+        if timed:
+            mean = ids / experts
+            able = [f for f in able + CANDIDATES if mean <= 16 * f.tiles or f.tiles >= 8]
+            able = [f for f in able if f.tiles <= 4 or mean >= f.tiles / 2]
         able = [widest, *(f for f in able if f != widest)]
         for packed, k, share in products(name, held):
             x = torch.randn((ids // share, k), device="cuda").bfloat16()
@@ -267,7 +280,8 @@ def main():
     workspace.init_workspace_manager(torch.device("cuda"))
     with ThreadPoolExecutor(8) as pool:
         prepare = partial(four.prepare, group=16, zeros=False, dtype=torch.bfloat16, device=0)
-        list(pool.map(lambda f: prepare(f, experts=True, floats=True), four.FORMS_OF_EXPERTS[::-1]))
+        compiled = four.FORMS_OF_EXPERTS + (CANDIDATES if a.forms else ())
+        list(pool.map(lambda f: prepare(f, experts=True, floats=True), compiled[::-1]))
     print(f"{time.perf_counter() - started:.0f} s compiled", flush=True)
     with set_current_vllm_config(config), set_forward_context(None, config):
         for name in SIZES:
