@@ -1,12 +1,12 @@
-"""Compares and times a layer of experts in NVFP4 on one Hopper GPU: the bundled kernel, and stock's Marlin.
+"""Compares and times a layer of experts in NVFP4 on one Hopper GPU: the bundled kernel, and vLLM's Marlin.
 
     PYTHONPATH=. python3 benchmarks/hopper/nvfp4_experts.py OUT.json [--only bits|times] [--forms] [--seconds 60]
 
 Bits: the certificates of both products of a layer, every form against the widest one for several numbers of tokens,
 rows of a layer among different numbers of rows, and a layer's distance from fp64. Times: a layer's two products with
 what is around them, as vLLM's method runs them, on each kernel, with the same random weights and the same experts for
-each token, in turns. Marlin is what vLLM takes without upstream's mode. --forms: times of each form of the bundled
-kernel and of some others, the products alone.
+each token, in turns. Marlin is what vLLM takes without upstream's mode where Humming is not installed. --forms: times
+of each form of the bundled kernel and of some others, the products alone.
 """
 
 import argparse

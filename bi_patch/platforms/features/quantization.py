@@ -322,8 +322,9 @@ QUANTIZATION: tuple[Feature, ...] = (
             cells.OSS_RUN,
             cells.NVFP4_RUN,
             cells.ROWS_GRAPHS,
+            cells.NVFP4_EXPERTS_RUN,
             why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static and dynamic activations, NVFP4 "
-            "weights, and experts of 4 bits, in MXFP4 and in FP8",
+            "weights, and experts of 4 bits, in MXFP4, in NVFP4 and in FP8",
         ),
         ascend=cells.NONE,
         asked=_compiled,

@@ -116,6 +116,10 @@ NVFP4_ROWS = (
     NONE,
 )
 NVFP4_ROWS_EAGER = (served(ROWS_EAGER, why=f"{_IN_BF16}, in eager mode", releases=">=0.33"), NONE)
+NVFP4_EXPERTS_RUN = "invariance-2026-11-30-h200-nvfp4-experts-vllm-0.33.0.json"
+NVFP4_EXPERTS = layers(
+    "Qwen3-30B-A3B", how="compiled and in eager mode; of ModelOpt in eager mode", files=(NVFP4_EXPERTS_RUN,)
+)
 Cells = dict[str, Cell | tuple[Cell, ...]]
 
 

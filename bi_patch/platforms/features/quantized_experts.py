@@ -61,10 +61,16 @@ def _one_scale_otherwise(scheme: Scheme) -> bool:
     return kinds.one_scale(scheme) or scheme.method == "compressed-tensors" and kinds.fp8(scheme, TENSOR, TOKEN)
 
 
+_NVFP4 = ("compressed-tensors", "modelopt")  # methods whose experts in NVFP4 get the bundled kernel
+
+
 def _nvfp4(scheme: Scheme) -> bool:
-    """NVFP4 weights. On Hopper activations stay in 16 bits, also where the checkpoint asks for NVFP4."""
-    known = scheme.method in ("compressed-tensors", "modelopt")
-    return known and (kinds.nvfp4(scheme) or kinds.nvfp4_rows(scheme))
+    return scheme.method in _NVFP4 and kinds.nvfp4(scheme)
+
+
+def _nvfp4_rows(scheme: Scheme) -> bool:
+    """NVFP4 of checkpoints that ask for such activations. On Hopper activations stay in 16 bits."""
+    return scheme.method in _NVFP4 and kinds.nvfp4_rows(scheme)
 
 
 # A scheme is of the first kind that takes it.
@@ -80,6 +86,7 @@ _KINDS: tuple[Callable[[Scheme], bool], ...] = (
     _zeros,
     _eight_bits,
     _nvfp4,
+    _nvfp4_rows,
 )
 
 
@@ -104,7 +111,7 @@ def _by_wna16(config: Any) -> str:
 
 
 # Kinds of experts that a run on CUDA had in compiled code.
-COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros)
+COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros, _nvfp4)
 
 _BY_WNA16 = "invariance-2026-11-30-h200-moe-wna16-vllm-0.33.0.json"
 _OWN = cells.layers("Qwen3-30B-A3B", how="compiled, beside an eager engine", files=(cells.OWN_EXPERTS,))
@@ -178,9 +185,14 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row("experts in MXFP4", **cells.REFUSED | {"cuda": cells.OSS}, asked=quantized_experts(kinds.mxfp4)),
     row(
-        "experts in NVFP4 (compressed-tensors, ModelOpt)",
-        **cells.NO_KERNEL | {"cuda": (cells.TRIAL, cells.NONE)},
+        "experts in NVFP4, weights alone (compressed-tensors, ModelOpt)",
+        **cells.NO_KERNEL | {"cuda": (cells.NVFP4_EXPERTS, cells.NONE)},
         asked=quantized_experts(_nvfp4),
+    ),
+    row(
+        "experts in NVFP4, weights and activations (compressed-tensors, ModelOpt)",
+        **cells.NO_KERNEL | {"cuda": (cells.TRIAL, cells.NONE)},
+        asked=quantized_experts(_nvfp4_rows),
     ),
     row("quantized experts", **cells.REFUSED, asked=quantized_experts(None)),
 )

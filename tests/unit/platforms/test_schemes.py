@@ -247,8 +247,12 @@ def test_experts_and_heads_have_rows_of_their_own():
     assert rows(GPTQ, is_moe=True) == ["GPTQ, 4 bits", four]
     assert rows(GPTQ | {"group_size": -1}, is_moe=True) == ["GPTQ, 4 bits", "quantized experts"]
     assert "quantized experts" in rows(GPTQ | {"sym": False}, is_moe=True)
-    for four in (tensors(NVFP4, **FLOATS), tensors(NVFP4, NVFP4_ROWS, **FLOATS)):
-        assert rows(four, is_moe=True)[1:] == ["experts in NVFP4 (compressed-tensors, ModelOpt)"]
+    tools = "(compressed-tensors, ModelOpt)"
+    for four in (tensors(NVFP4, **FLOATS), MODELOPT | {"quant_algo": "W4A16_NVFP4"}):
+        assert rows(four, is_moe=True)[1:] == [f"experts in NVFP4, weights alone {tools}"]
+    for four in (tensors(NVFP4, NVFP4_ROWS, **FLOATS), MODELOPT | {"quant_algo": "NVFP4"}):
+        assert rows(four, is_moe=True)[1:] == [f"experts in NVFP4, weights and activations {tools}"]
+    assert rows(quark([OF_GROUPS, OF_ALL], [OF_ROWS, OF_ALL]), is_moe=True)[1:] == ["quantized experts"]
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head (GPTQ)"]
     assert rows(AWQ | {"lm_head": True}) == ["AWQ, 4 bits", "quantized language-model head (other methods)"]
 

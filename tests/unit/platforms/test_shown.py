@@ -46,6 +46,7 @@ _RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba", "Jamba", "LFM2")
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
+_COMPILED_NVFP4 = ("batch size", "prefix cache", "chunk budget", "decode = prefill", "preemption", "eager and compiled")
 _LATE = ("batch size", "decode = prefill", *_RESTARTED)
 
 # Quantized weights over ranks, in compiled code.
@@ -762,6 +763,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         )
     },
     ("Quark: NVFP4 weights and activations", "cuda"): (("Qwen3-8B Quark NVFP4 W4A4, 2 layers, eager", *_SIX),),
+    ("experts in NVFP4, weights alone (compressed-tensors, ModelOpt)", "cuda"): (
+        ("* NVFP4 experts, 2 layers, eager", *_SIX),
+        ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
+        ("* ModelOpt NVFP4 experts, 2 layers, eager", "batch size", "mixed lengths", "decode = prefill"),
+    ),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
         ("* FP8 static, compressed-tensors,* eager", *_SIX),
         ("* FP8 static, compressed-tensors, 2 layers", *_SIX),
@@ -795,6 +801,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     )
     + (
         ("* FP8 channel, 2 layers", *_LATE),
+        ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
         ("* NVFP4, 2 layers, compiled", "prefix cache", "preemption", "eager and compiled"),
         ("Qwen3-8B NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
         ("Qwen3-8B ModelOpt NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
