@@ -177,7 +177,8 @@ def test_named_models_of_several_rounds_start_together(hopper):
         return [[entry.name for entry in entries] for entries in costs.plan(a)]
 
     oss, four = "gpt-oss-20b MXFP4, 6 layers", "Qwen3-8B NVFP4, 6 layers"
-    assert names() == [[oss], [four]] and names(together=True) == [[oss, four]]
+    experts = "Qwen3-30B-A3B NVFP4 experts, 6 layers"
+    assert names() == [[oss], [four], [experts]] and names(together=True) == [[oss, four, experts]]
     assert names(only=["nothing"]) == names(only=["nothing"], together=True) == []
 
 
