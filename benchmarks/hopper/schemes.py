@@ -199,6 +199,7 @@ SCHEMES: dict[str, tuple[str, dict | None]] = {
     "MXFP4": ("gpt-oss-20b", _MXFP4),
     "NVFP4": ("Qwen3-8B", _NVFP4),
     "NVFP4 experts": ("Qwen3-30B-A3B", _NVFP4 | _GATE),
+    "NVFP4 W4A4 experts": ("Qwen3-30B-A3B", _NVFP4_ROWS | _GATE),
     "ModelOpt NVFP4 experts": ("Qwen3-30B-A3B", _MODELOPT_FOUR | {"ignore": ["lm_head", "*.mlp.gate"]}),
 }
 
