@@ -29,6 +29,7 @@ from bi_patch.kernels.cuda import packed as four  # noqa: E402
 from bi_patch.kernels.packing import Packed  # noqa: E402
 from bi_patch.ops import bits  # noqa: E402
 from bi_patch.ops.cuda import linear, machine, packed_experts, timing  # noqa: E402
+from bi_patch.tools.models import expert_layers  # noqa: E402
 
 SIZES = {"gpt-oss-20b": (32, 4), "gpt-oss-120b": (128, 4)}  # experts, and experts of a token
 HIDDEN = INNER = 2880
@@ -59,28 +60,13 @@ def tell(out, **row):
 
 def method(kernel, experts, top):
     """vLLM's method for a layer on a kernel."""
-    from vllm.model_executor.layers.fused_moe import config as configs
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.quantization import mxfp4 as module
 
     from bi_patch.seams.cuda import mxfp4 as seam
 
     os.environ["VLLM_BATCH_INVARIANT"] = INVARIANT[kernel]
-    moe = configs.FusedMoEConfig(
-        num_experts=experts,
-        experts_per_token=top,
-        hidden_dim=HIDDEN,
-        intermediate_size=INNER,
-        num_local_experts=experts,
-        num_logical_experts=experts,
-        activation=MoEActivation.SWIGLUOAI,
-        device="cuda",
-        routing_method=configs.RoutingMethodType.Renormalize,
-        moe_parallel_config=configs.FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.bfloat16,
-        has_bias=True,
-        moe_backend="auto" if kernel == "bundled" else kernel,
-    )
+    backend = "auto" if kernel == "bundled" else kernel
+    moe = expert_layers.config(experts, top, HIDDEN, INNER, "SWIGLUOAI", has_bias=True, moe_backend=backend)
     init = module.GptOssMxfp4MoEMethod.__init__
     made = object.__new__(module.GptOssMxfp4MoEMethod)
     (seam._chosen(init) if kernel == "bundled" else init)(made, moe)
@@ -96,14 +82,7 @@ def layer(kernel, experts, top):
     made, moe = method(kernel, experts, top)
     hidden, inner = made.maybe_roundup_sizes(HIDDEN, INNER, torch.bfloat16, moe.moe_parallel_config)
     moe.hidden_dim, moe.intermediate_size_per_partition = hidden, inner
-    held = torch.nn.Module()
-    given = {"activation": moe.activation, "global_num_experts": experts, "expert_map": None, "moe_config": moe}
-    given |= {"apply_router_weight_on_input": False, "intermediate_size_per_partition": inner, "layer_name": "experts"}
-    for name, value in given.items():
-        setattr(held, name, value)
-    held.quant_method, held._expert_routing_tables = made, lambda: None
-    with torch.device("cuda"):
-        made.create_weights(held, experts, hidden, inner, torch.bfloat16, weight_loader=None)
+    held = expert_layers.layer(made, moe, hidden, inner, layer_name="experts")
     g = torch.Generator("cuda").manual_seed(experts)
     for name, n, k in (("w13", 2 * INNER, HIDDEN), ("w2", HIDDEN, INNER)):
         words = torch.randint(0, 256, (experts, n, k // 2), generator=g, device="cuda", dtype=torch.uint8)
@@ -122,10 +101,7 @@ def layer(kernel, experts, top):
 
 
 def routed(experts, top, tokens, seed):
-    g = torch.Generator("cuda").manual_seed(tokens * 100 + seed)
-    x = torch.randn((tokens, HIDDEN), generator=g, device="cuda").bfloat16()
-    weights, ids = torch.rand((tokens, experts), generator=g, device="cuda").softmax(-1).topk(top, -1)
-    return x, weights, ids.int()
+    return expert_layers.routed(tokens, experts, top, HIDDEN, tokens * 100 + seed)
 
 
 def run(held, made, hidden, x, weights, ids):
