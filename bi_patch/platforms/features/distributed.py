@@ -210,8 +210,8 @@ DISTRIBUTED: tuple[Feature, ...] = (
             _CPU_RANKS_UPDATED,
             _CPU_STAGES,
             _CPU_REPLICAS,
-            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks, also with two "
-            "stages; two ranks also with two data-parallel ranks",
+            why="dense decoders; measured in bf16 (eager and compiled) and fp32 with 1, 2 and 4 ranks; in bf16 and "
+            "eager mode also with two stages, and two ranks with two data-parallel ranks",
         ),
         cuda=(
             refused(NO_SEAM, todo="Leave BI_PATCH_TP_INVARIANT out", by="communicator.leaves", releases="<0.33"),

@@ -253,6 +253,8 @@ def test_experts_and_heads_have_rows_of_their_own():
     for four in (tensors(NVFP4, NVFP4_ROWS, **FLOATS), MODELOPT | {"quant_algo": "NVFP4"}):
         assert rows(four, is_moe=True)[1:] == [f"experts in NVFP4, weights and activations {tools}"]
     assert rows(quark([OF_GROUPS, OF_ALL], [OF_ROWS, OF_ALL]), is_moe=True)[1:] == ["quantized experts"]
+    for held, ran in ((tensors(NVFP4, **FLOATS), True), (tensors(NVFP4, NVFP4_ROWS, **FLOATS), False)):
+        assert (BESIDE[1] in rows(held, is_moe=True, enforce_eager=False)) != ran  # compiled
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head (GPTQ)"]
     assert rows(AWQ | {"lm_head": True}) == ["AWQ, 4 bits", "quantized language-model head (other methods)"]
 

@@ -17,6 +17,7 @@ from bi_patch.seams.cuda import packed_experts, packed_products
 E, N, K, TOP = 4, 128, 256, 2  # N: of a token's activations
 SIZES = ((2 * N, K), (K, N))
 CHECKPOINTS = ("compressed-tensors", "modelopt")
+EXCHANGES = tuple(f"use_fi_nvl_{sides}_sided_kernels" for sides in ("one", "two"))  # between ranks
 
 
 def oracle():
@@ -158,6 +159,25 @@ def test_other_gpus_and_what_vllms_checks_refuse_are_refused(monkeypatch, hopper
     monkeypatch.setattr(seam, "_unsupported", lambda *_: "kernel does not support silu activation")
     with pytest.raises(UnsupportedFeature, match="NVFP4 with kernel does not support silu activation"):
         choose(config(), None, None)
+
+
+def test_vllms_own_checks_are_asked(monkeypatch):
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    def asked(weights=quant_utils.kNvfp4Static, rows=None, **changed):
+        kinds = dict.fromkeys(("use_batched_activation_format", *EXCHANGES), False)
+        more = {"has_hash_routing": False, "require_decomposed_backend": False, "routing_method": None}
+        given = config(moe_parallel_config=ranks(**kinds | changed), router_logits_dtype=torch.float32, **more)
+        return seam._unsupported(given, weights, rows)
+
+    monkeypatch.setattr(seam.own(), "_supports_current_device", staticmethod(lambda: True))
+    assert asked() == asked(rows=quant_utils.kNvfp4Dynamic) == ""
+    assert "quantization scheme" in asked(rows=quant_utils.kNvfp4DynamicToken)
+    assert "quantization scheme" in asked(quant_utils.kInt4Static)
+    assert "batched_experts" in asked(use_batched_activation_format=True)
+    assert all("parallel config" in asked(**{name: True}) for name in EXCHANGES)
+    monkeypatch.setattr(seam.own(), "_supports_current_device", staticmethod(lambda: False))
+    assert "current device" in asked()
 
 
 def test_only_weights_in_nvfp4_are_taken():
