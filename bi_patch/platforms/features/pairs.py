@@ -213,6 +213,11 @@ def _other_latent(config: Any) -> str:
     return "MLA with other tensor parallelism" if asked and (one_form() or not shown(config)) else ""
 
 
+def _eighth_compiled(config: Any) -> str:
+    there = compiled(config) and PARTS[EIGHTH](config) and (_dense_blocks(config) or _nvfp4(config))
+    return "an FP8 KV cache with quantized weights, compiled" if there else ""
+
+
 def _other_recurrent(config: Any) -> str:
     several = PARTS[RECURRENT](config) and size(config, "tensor_parallel_size") > 2
     return "recurrent layers with other tensor parallelism" if several else ""
@@ -414,6 +419,13 @@ PAIRS: tuple[Feature, ...] = (
             _REFUSED,
         ),
         ascend=_REFUSED,
+    ),
+    row(
+        f"an FP8 KV cache with {_BLOCKS}, or {_NVFP4}, compiled",
+        cpu=_REFUSED,
+        cuda=(untried("measured in eager mode", releases=">=0.33"), _REFUSED),
+        ascend=_REFUSED,
+        asked=_eighth_compiled,
     ),
     _pairs(
         EIGHTH,

@@ -551,6 +551,16 @@ def test_without_mla_an_fp8_kv_cache_is_served_beside_some_schemes_only():
         made.lora_config = made.speculative_config = None
         assert bool(fours.asked(made)) == served and bool(others.asked(made)) != served, checkpoint
     assert [fours.cell("cuda", Version(of)).state for of in ("0.32.0", "0.33.0")] == ["refused", "served"]
+    (graphs,) = (row for name, row in held.items() if name.endswith("NVFP4 weights in dense models, compiled"))
+    for checkpoint, eager, untried in (
+        (modelopt, True, False),
+        (modelopt, False, True),
+        (FP8, False, True),
+        (CHANNELS, False, False),
+    ):
+        made = config(checkpoint, enforce_eager=eager)
+        made.cache_config = SimpleNamespace(cache_dtype="fp8")
+        assert bool(graphs.asked(made)) == untried
 
 
 class Spec:
