@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops import casts, overrides
 
 _library: list[torch.library.Library] = []
@@ -35,6 +36,8 @@ def keep_whole() -> None:
     models that vLLM takes from transformers compute rotations and activations with sin, cos, tanh and erf, and scales
     of attention by position (Llama 4, Ministral 3) are logarithms. Inductor also rounds 16-bit results after every
     operation from then on, as eager code does. So compiled code has the bits of eager code, but for sums over a row.
+
+    Raises UnsupportedFeature if Inductor would still take one of the operators apart.
     """
     if _undo:
         return
@@ -42,18 +45,27 @@ def keep_whole() -> None:
 
     aten = torch.ops.aten
     whole = (*_ROWS, *(getattr(aten, name).default for name in (*_BUNDLED, *_EQUAL)))
+    # Inductor keeps a copy of its table from its first compilation on, which may be older than this call.
+    _undo.append(decomposition.fast_random_decomps.cache_clear)
     for held in (decomposition.decompositions, lowering.lowerings):
         _undo.append(functools.partial(_put_back, held, {op: held.get(op) for op in whole}))
     for marked in (lowering.fallbacks, lowering.needs_realized_inputs):
         new = [op for op in whole if op not in marked]
         _undo.append(functools.partial(marked.difference_update, new))
-    _undo.append(casts.Hold().release)
-    before = torch.compiler.config.cache_key_tag
-    # Code from before these calls is never loaded.
-    _set(torch.compiler.config, "cache_key_tag", f"{before}; {_TAG}" if before else _TAG)
     for op in whole:
         decomposition.decompositions.pop(op, None)
         lowering.make_fallback(op, warn=False, override_decomp=True)
+    decomposition.fast_random_decomps.cache_clear()
+    _undo.append(casts.Hold().release)
+    before = torch.compiler.config.cache_key_tag
+    # Code from before these calls is never loaded. The tag comes last: another thread may be compiling meanwhile.
+    _set(torch.compiler.config, "cache_key_tag", f"{before}; {_TAG}" if before else _TAG)
+    if left := [op.name() for op in whole if op in decomposition.select_decomp_table()]:
+        restore()
+        raise UnsupportedFeature(
+            f"compile.cpu_whole: this PyTorch's compiler takes {', '.join(left)} apart whatever bi_patch tells, so "
+            "compiled code would not have the bits of eager code. Use --enforce-eager, or set BI_PATCH=0"
+        )
 
 
 def restore() -> None:
@@ -72,7 +84,7 @@ _EQUAL = (
 )
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
 _ROWS = (_LAYER_NORM, torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
-_TAG = "bi_patch: whole operators " + " ".join((*(row.name() for row in _ROWS), *_BUNDLED, *_EQUAL))
+_TAG = "bi_patch: whole operators, in every table: " + " ".join((*(row.name() for row in _ROWS), *_BUNDLED, *_EQUAL))
 
 
 def _put_back(held: dict, entries: dict) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bi_patch.errors import UnsupportedFeature
 from bi_patch.ops.cpu import aten, machine
 
 FORMS = {
@@ -59,6 +60,34 @@ def test_compiled_code_has_the_bits_of_eager_code(dtype):
     with torch.inference_mode():
         want = layer(x)
         assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
+
+
+def test_what_was_compiled_before_changes_nothing():
+    """Inductor keeps a copy of its table of decompositions from its first compilation on."""
+    from torch._inductor import config, decomposition
+
+    def layer(x):
+        return F.layer_norm(F.gelu(x) * torch.sigmoid(x) + x, (20,))
+
+    with config.patch(force_disable_caches=True), torch.inference_mode():
+        torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.randn(5, 3))
+        assert torch.ops.aten.gelu.default in decomposition.select_decomp_table()
+        aten.keep_whole()
+        x = torch.randn(257, 20)
+        want, function = layer(x), torch.compile(layer, dynamic=True, fullgraph=True)
+        assert torch.equal(function(x), want) and torch.equal(function(x[:17]), want[:17])
+    aten.restore()
+    assert torch.ops.aten.gelu.default in decomposition.select_decomp_table()
+
+
+def test_a_table_that_stays_is_refused(monkeypatch):
+    from torch._inductor import decomposition
+
+    held = dict(decomposition.decompositions)
+    monkeypatch.setattr(decomposition, "select_decomp_table", lambda: held)
+    with pytest.raises(UnsupportedFeature, match="compile.cpu_whole: .*aten::gelu"):
+        aten.keep_whole()
+    assert not aten._undo
 
 
 def test_compiled_rotations_have_the_bits_of_eager_code():
