@@ -28,6 +28,7 @@ from bi_patch.kernels.cuda import packed as four  # noqa: E402
 from bi_patch.kernels.packing import Packed  # noqa: E402
 from bi_patch.ops import bits  # noqa: E402
 from bi_patch.ops.cuda import linear, machine, packed_experts, timing  # noqa: E402
+from bi_patch.tools.models import expert_layers  # noqa: E402
 
 SIZES = {"Qwen3-30B-A3B": (128, 8, 2048, 768)}  # experts, experts of a token, hidden and intermediate size
 TOKENS = (1, 8, 64, 256, 4096)
@@ -60,8 +61,6 @@ def tell(out, **row):
 
 def method(kernel, name):
     """vLLM's method for a layer on a kernel, and its configuration. Marlin is not in upstream's mode."""
-    from vllm.model_executor.layers.fused_moe import config as configs
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as module,
     )
@@ -70,20 +69,7 @@ def method(kernel, name):
 
     experts, top, hidden, inner = SIZES[name]
     os.environ["VLLM_BATCH_INVARIANT"] = str(int(kernel == "bundled"))
-    moe = configs.FusedMoEConfig(
-        num_experts=experts,
-        experts_per_token=top,
-        hidden_dim=hidden,
-        intermediate_size=inner,
-        num_local_experts=experts,
-        num_logical_experts=experts,
-        activation=MoEActivation.SILU,
-        device="cuda",
-        routing_method=configs.RoutingMethodType.Renormalize,
-        moe_parallel_config=configs.FusedMoEParallelConfig.make_no_parallel(),
-        in_dtype=torch.bfloat16,
-        moe_backend=BACKENDS[kernel],
-    )
+    moe = expert_layers.config(experts, top, hidden, inner, "SILU", moe_backend=BACKENDS[kernel])
     select = module.select_nvfp4_moe_backend
     try:
         if kernel == "bundled":
@@ -114,15 +100,8 @@ def layer(kernel, name):
 
     experts, _, hidden, inner = SIZES[name]
     made, moe = method(kernel, name)
-    held = torch.nn.Module()
-    given = {"activation": moe.activation, "global_num_experts": experts, "expert_map": None, "moe_config": moe}
-    given |= {"apply_router_weight_on_input": False, "layer_name": "experts", "hidden_size": hidden}
-    given |= {"intermediate_size_per_partition": inner, "local_num_experts": experts}
-    for key, value in given.items():
-        setattr(held, key, value)
-    held.quant_method, held._expert_routing_tables = made, lambda: None
-    with torch.device("cuda"):
-        made.create_weights(held, experts, hidden, inner, torch.bfloat16, weight_loader=None)
+    more = {"layer_name": "experts", "hidden_size": hidden, "local_num_experts": experts}
+    held = expert_layers.layer(made, moe, hidden, inner, **more)
     for part, words, scale, by in floats(name):
         getattr(held, f"{part}_weight_packed").data.copy_(words)
         getattr(held, f"{part}_weight_scale").data.copy_(scale)
@@ -141,10 +120,7 @@ def layer(kernel, name):
 
 def routed(name, tokens, seed):
     experts, top, hidden, _ = SIZES[name]
-    g = torch.Generator("cuda").manual_seed(tokens * 100 + seed)
-    x = torch.randn((tokens, hidden), generator=g, device="cuda").bfloat16()
-    weights, ids = torch.rand((tokens, experts), generator=g, device="cuda").softmax(-1).topk(top, -1)
-    return x, weights, ids.int()
+    return expert_layers.routed(tokens, experts, top, hidden, tokens * 100 + seed)
 
 
 def run(held, made, x, weights, ids):

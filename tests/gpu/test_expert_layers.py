@@ -67,8 +67,33 @@ def w4a16(monkeypatch, symmetric):
     return SimpleNamespace(layer=held, **made)
 
 
+def nvfp4(monkeypatch, alone):
+    """A layer of compressed-tensors NVFP4. alone: the checkpoint asks for activations in 16 bits."""
+    pytest.importorskip(f"{_ORACLES}.nvfp4", reason="vLLM has no such experts")
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as module,
+    )
+
+    from bi_patch.seams.cuda import nvfp4_experts as seam
+
+    n, k = 256, 384
+    for name, close in (
+        ("select_nvfp4_moe_backend", seam._chosen),
+        ("convert_to_nvfp4_moe_kernel_format", seam._packed),
+    ):
+        monkeypatch.setattr(module, name, close(getattr(module, name)))
+    moe = expert_layers.config(EXPERTS, TOP, k, n, "SILU")
+    held = expert_layers.layer(module.CompressedTensorsW4A4Nvfp4MoEMethod(moe, use_a16=alone), moe, k, n)
+    exact = [fill_scaled_floats(held, name) for name in ("w13", "w2")]
+    expert = partial(swiglu, gates=torch.bfloat16)
+    made = {"hidden": k, "exact": exact, "expert": expert, "kernel": "PackedNvFp4Experts", "bytes": None}
+    return SimpleNamespace(layer=held, **made)
+
+
 KINDS = {
     "MXFP4": mxfp4,
+    "NVFP4, weights alone": partial(nvfp4, alone=True),
+    "NVFP4, activations too": partial(nvfp4, alone=False),
     "W4A16": partial(w4a16, symmetric=True),
     "W4A16 with zero points": partial(w4a16, symmetric=False),
 }
@@ -119,10 +144,28 @@ def fill_floats(layer, name):
     exponent.copy_(torch.randint(118, 122, exponent.shape, generator=generator, device="cuda"))
     bias = getattr(layer, f"{name}_bias").data
     bias.normal_(generator=generator)
+    return floats(words) * torch.exp2(exponent.double() - 127).repeat_interleave(32, 2), bias.double()
+
+
+def fill_scaled_floats(layer, name):
+    """Random floats, scales and numbers of experts. Returns the weights in fp64 [E, n, k]."""
+    generator = torch.Generator("cuda").manual_seed(len(name))
+    words = getattr(layer, f"{name}_weight_packed").data
+    words.random_(0, 256, generator=generator)
+    scale = getattr(layer, f"{name}_weight_scale").data
+    scale.copy_(32 * (0.5 + torch.rand(scale.shape, generator=generator, device="cuda")))
+    by = 32 * 2.9 * (2 * words.shape[2]) ** 0.5 * (0.5 + torch.rand(EXPERTS, generator=generator, device="cuda"))
+    divides = getattr(layer, f"{name}_weight_global_scale").data
+    divides.copy_(by[:, None] if divides.ndim == 2 else by)
+    getattr(layer, f"{name}_input_global_scale").data.fill_(1)
+    return floats(words) * scale.double().repeat_interleave(16, 2) / by.double()[:, None, None]
+
+
+def floats(words):
+    """The floats e2m1 of bytes [E, n, k / 2], in fp64 [E, n, k]."""
     q = torch.stack((words & 15, words >> 4), -1).flatten(2).long()
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device="cuda")
-    value = table[q & 7] * torch.where(q > 7, -1, 1)
-    return value * torch.exp2(exponent.double() - 127).repeat_interleave(32, 2), bias.double()
+    return table[q & 7] * torch.where(q > 7, -1, 1)
 
 
 def fill_integers(layer, name, symmetric):
@@ -151,9 +194,11 @@ def swiglu_of_pairs(x, w13, w2, expert):
     return inner @ second[expert].T + last[expert]
 
 
-def swiglu(x, w13, w2, expert):
+def swiglu(x, w13, w2, expert, gates=torch.float64):
+    """An expert of all rows, in fp64, with outputs in bf16. gates: the type to which activated gates are rounded."""
     gate, up = (x.double() @ w13[expert].T).bfloat16().double().chunk(2, -1)
-    return (torch.nn.functional.silu(gate) * up).bfloat16().double() @ w2[expert].T
+    inner = torch.nn.functional.silu(gate).to(gates).double() * up
+    return inner.bfloat16().double() @ w2[expert].T
 
 
 def test_a_token_has_its_bits_among_any_others(layer):

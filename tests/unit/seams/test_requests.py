@@ -361,7 +361,7 @@ def test_a_front_end_forgets_a_request_that_its_core_did_not_get():
 
 
 class Unsent:
-    """An engine core that gets the requests of `named` only, and notes which it is told to end."""
+    """An engine core that gets the requests of `named` only, and notes which requests the front end ends."""
 
     def __init__(self, named, error):
         self.named, self.error, self.got, self.ended = named, error, [], []
