@@ -145,7 +145,7 @@ def packed_linear(x, data, scale, zero, bias, bits: int, group: int, whole=None)
     problem = Problem(n, k, x.dtype, bias is not None, bits, group, zero is not None, floats)
     route = _routes.get(problem)
     number = route.variant(flat.shape[0]) if route is not None else None
-    if number is None and floats and not _multiplies(problem, flat.shape[0]):
+    if number is None and floats and (route is None or not _multiplies(problem, flat.shape[0])):
         number = route.instead(flat.shape[0]) if route is not None else None
         if number is None:
             raise CertificateFailed(f"{OPERATION}: {problem} has no certificate")
@@ -157,9 +157,9 @@ def packed_linear(x, data, scale, zero, bias, bits: int, group: int, whole=None)
 
 
 def _multiplies(problem: Problem, rows: int) -> bool:
-    """Whether the route of dequantized floats e2m1 serves. `certify` of this module has seen to their bits."""
+    """Whether the route of a problem's dequantized floats e2m1 serves a number of rows. `certify` compares its bits."""
     other = problem.dequantized()
-    return problem in _routes and other is not None and factored_linear.serves(other, rows)
+    return problem.floats and other is not None and factored_linear.serves(other, rows)
 
 
 def _whole(x, packed: Packed, bias):
@@ -288,7 +288,7 @@ def _certify(problem: Problem, key: Key, max_rows: int) -> Certificate:
         serves = known[number].serves
         wrong[number] = {m: trial.differs(number, m) for m in _COMPARED if m <= trial.rows and serves(m)}
     if problem.floats:  # of integers, this product is what the variants are compared with
-        wrong[_WHOLE] = {m: trial.differs(_WHOLE, m) for m in _COMPARED if m <= trial.rows and trial.multiplies(m)}
+        wrong[_WHOLE] = {m: trial.differs(_WHOLE, m) for m in _COMPARED if m <= trial.rows and _multiplies(problem, m)}
     wrong = {number: found for number, found in wrong.items() if found}
     good = [number for number, found in wrong.items() if not any(found.values())]
     preferred, times = trial.fastest(good)
@@ -407,11 +407,6 @@ class _Trial:
             return _whole(x, packed, self.bias)
         return _product(number, x, packed, self.bias)
 
-    def multiplies(self, m: int) -> bool:
-        """Whether the route of dequantized floats e2m1 serves m rows."""
-        other = self.problem.dequantized()
-        return self.problem.floats and other is not None and factored_linear.serves(other, m)
-
     def fastest(self, good: list[int]) -> tuple[dict[int, tuple[int, ...]], dict[int, float]]:
         """The fastest way at each timed number of rows, and its microseconds. Of floats e2m1 that may be dequantized,
         the fastest variant, too: a pair."""
@@ -426,7 +421,7 @@ class _Trial:
             count = len(ways)
             if self.problem.floats and not ways:
                 continue
-            may = _WHOLE in good and self.multiplies(m) if self.problem.floats else m > 16
+            may = _WHOLE in good and _multiplies(self.problem, m) if self.problem.floats else m > 16
             ways += [_WHOLE] if may else []
             if not ways:
                 continue
