@@ -1,9 +1,11 @@
 """Measures the invariance of one model of each family on a GPU: published sizes of a layer, few layers, random weights.
 
-    PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--preempt] [--results DIR]
+    PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--preempt]
+        [--until SECONDS] [--results DIR]
 
 A family takes the shape of bi_patch/tools/models/families.py, with the sizes below. N engines run beside each other,
 each in a part of the GPU's memory. The rows join one result file of the day. A refusal is printed and gets no row.
+--until ends a run early, in seconds since 1970, and its file holds the axes that were complete.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 import bi_patch_entry
 
 bi_patch_entry.without_arming()  # the engines run in processes of their own
+
+from until import ending  # noqa: E402
 
 from bi_patch.tools.models import shapes  # noqa: E402
 
@@ -384,9 +388,11 @@ GPU_ONLY: dict[str, dict[str, object]] = {
 }
 
 
-def measure(family: str, eager: bool, share: float, root: str, results: Path, preempt: bool = False) -> int:
+def measure(
+    family: str, eager: bool, share: float, root: str, results: Path, preempt: bool = False, until: int = 0
+) -> int:
     """Measure one family and write its rows. Returns the number of positions that differ. preempt: also in an engine
-    whose KV cache is too small for the batch."""
+    whose KV cache is too small for the batch. until: the run ends then, in seconds since 1970; 0 for no end."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
     from bi_patch.tools.models import families
@@ -407,14 +413,20 @@ def measure(family: str, eager: bool, share: float, root: str, results: Path, pr
         given |= {"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 2 * CACHE}
     folder = shapes.save(family, config, root)
     system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
-    rows, report = invariance.measure(
-        f"{family}{', eager' if eager else ''}", system, level, only=(*AXES, *[probe.name for probe in cross])
-    )
+    label, only = f"{family}{', eager' if eager else ''}", (*AXES, *[probe.name for probe in cross])
+    with ending(until):
+        rows, report = invariance.measure(label, system, level, only=only, tell=told, cut=until > 0)
     found = evidence.new(evidence.Invariance, report)
     found.rows = rows
     found.command = "python3 benchmarks/hopper/families.py"
+    if 0 < until <= time.time():
+        found.note = f"{label}: complete axes of a run that was cut"
     evidence.write(found, results)
     return evidence.total_differing(rows)
+
+
+def told(text: str) -> None:
+    print(text, flush=True)
 
 
 def alone(family: str, args: argparse.Namespace) -> int:
@@ -424,7 +436,9 @@ def alone(family: str, args: argparse.Namespace) -> int:
     own.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, family, "--results", str(own), "--share", str(0.9 / args.beside)]
     done = subprocess.run(
-        [*command, *["--eager"] * args.eager, *["--preempt"] * args.preempt], capture_output=True, text=True
+        [*command, *["--eager"] * args.eager, *["--preempt"] * args.preempt, "--until", str(args.until)],
+        capture_output=True,
+        text=True,
     )
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
     (own / "log.txt").write_text(done.stdout + done.stderr)
@@ -446,6 +460,7 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=4)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--preempt", action="store_true", help="also measure preempted requests, in another engine")
+    parser.add_argument("--until", type=int, default=0, help="end the run then, seconds since 1970")
     parser.add_argument(
         "--share", type=float, help="the share of the GPU's memory, for a single family in this process"
     )
@@ -459,7 +474,7 @@ def main() -> None:
         sys.exit(max(codes))
     (family,) = args.families
     with tempfile.TemporaryDirectory() as root:
-        differing = measure(family, args.eager, args.share, root, args.results, args.preempt)
+        differing = measure(family, args.eager, args.share, root, args.results, args.preempt, args.until)
     print(f"{family}: {differing} differ")
     sys.exit(1 if differing else 0)
 

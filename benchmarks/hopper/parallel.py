@@ -162,8 +162,8 @@ def folder(model: str, root: Path, layers: int = 0) -> Path:
 
 
 def verified(label: str, case: Case, model: Path, until: int) -> tuple[list, object, list[str]]:
-    """The rows of verify's axes, its report, and what the report lacks. until: as of quantized.ending."""
-    from quantized import ending
+    """The rows of verify's axes, its report, and what the report lacks. until: as of until.ending."""
+    from until import ending
 
     from bi_patch.tools.bench import invariance
     from bi_patch.tools.verify import levels, local

@@ -11,8 +11,6 @@ verify` of all schemes beside each other; --until ends a run early, and its file
 """
 
 import argparse
-import contextlib
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +28,7 @@ import run  # noqa: E402
 import schemes  # noqa: E402
 import turns  # noqa: E402
 from nursery import Nursery, nurseries  # noqa: E402
+from until import ending  # noqa: E402
 
 AXES = (
     "batch size",
@@ -77,21 +76,6 @@ def measure(scheme: str, a: argparse.Namespace) -> int:
 
 def told(text: str) -> None:
     print(text, flush=True)
-
-
-@contextlib.contextmanager
-def ending(until: int):
-    """Within this context, an interrupt comes at `until`, in seconds since 1970; 0 for none."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.alarm(max(1, int(until - time.time())) if until else 0)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
 
 
 def verify(a: argparse.Namespace) -> int:
