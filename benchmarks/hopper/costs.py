@@ -153,7 +153,6 @@ ROUNDS: list[list[Entry]] = [
         scheme("FP8 block experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
         scheme("FP8 channel experts", (5.0, 4.0, 2.5), modes=UPSTREAM),
         scheme("MXFP4", (4.5, 4.0, 2.5), modes=UPSTREAM),
-        scheme("W4A16 experts", (3.5, 4.0, 2.5)),
     ],
     [
         model("Kimi-Linear-48B-A3B, 4 layers", (13.0, 6.0, 4.0), (ONE, EIGHT, MANY, LONG)),
@@ -165,6 +164,7 @@ ROUNDS: list[list[Entry]] = [
         scheme("INT8", QUANTIZED, modes=UPSTREAM),
         scheme("FP8 tensor", QUANTIZED, modes=UPSTREAM),
         scheme("NVFP4 experts", (3.5, 4.0, 2.5)),
+        scheme("W4A16 experts", (3.5, 4.0, 2.5), modes=UPSTREAM),
     ],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
