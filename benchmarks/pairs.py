@@ -1,11 +1,12 @@
-"""Measures what users turn on together: LoRA, speculation, quantized weights, and what single requests ask for.
+"""Measures what users turn on, alone and together: LoRA, speculation, quantized weights, what single requests ask for,
+and where weights lie.
 
-    PYTHONPATH=. python3 benchmarks/pairs.py [KIND ...] [--compiled] [--axis AXIS ...] [--results FOLDER]
+    PYTHONPATH=. python3 benchmarks/pairs.py [KIND ...] [--compiled] [--axis AXIS ...] [--until N] [--results FOLDER]
 
 KIND: a key of CPU or CUDA, by default all of the device's. In a kind with "LoRA", each request that names no adapter
 gets one by its first token, or none; with "structured output", it gets a grammar in the same way. With "n-grams", every
-step checks drafts, or, for the axis "speculative decoding", an engine with drafts is compared with one without. Exit
-code 1: positions differ.
+step checks drafts, or, for the axis "speculative decoding", an engine with drafts is compared with one without. --until
+ends a run early, and its file holds the axes that were complete. Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import bi_patch_entry
 
 ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _CACHED = ("prefix cache", "shared prefix", "chunk budget", "preemption")
 _REQUESTS = (
     *("structured output", "logprobs in any order", "prompt logprobs", "processed logprobs", "kinds of sampling"),
@@ -32,12 +34,16 @@ _DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 
 @dataclass(frozen=True)
 class Kind:
     """model: a name of recipes. axes: of verify. given: further arguments of vllm.LLM. requests: what each request
-    gets, "adapter" or "grammar"."""
+    gets, "adapter" or "grammar". environ: of the engines. processors: whether they have verify's logits processors.
+    dtype: of the weights."""
 
     model: str
     axes: tuple[str, ...]
     given: dict[str, object] = field(default_factory=dict)
     requests: str = ""
+    environ: dict[str, str] = field(default_factory=dict)
+    processors: bool = False
+    dtype: str = "bfloat16"
 
 
 def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
@@ -62,10 +68,24 @@ CPU = _kinds("tiny-llama", "tiny-qwen3") | {
     "FP8 blocks, LoRA": Kind("tiny-qwen3-fp8-blocks", ("LoRA", "LoRA off")),
 }
 _FP8: dict[str, object] = {"quantization": "fp8"}
+_DRAFTED: dict[str, object] = {"speculative_config": _DRAFTS}
+_ALONE = ("structured output", "streamed inputs", "pauses", "processed logprobs", "kinds of sampling")
+_BATCHES = ("batch size", "mixed lengths", "co-batch contents", "prompt logprobs", "seeded sampling")
+_WHOLE = (*_BATCHES, "decode = prefill", *_CACHED)
 CUDA = _kinds("llama-100m", "qwen3-100m") | {
     "FP8": Kind("qwen3-100m", _REQUESTS, _FP8),
     "FP8, n-grams": Kind("qwen3-100m", ("speculative decoding",), _FP8),
     "FP8, LoRA": Kind("llama-100m", ("LoRA", "LoRA off"), _FP8),
+    "FP8, n-grams, each other": Kind("qwen3-100m", (*_BATCHES, *_CACHED), _FP8 | _DRAFTED),
+    "FP8, LoRA, each other": Kind("llama-100m", (*_BATCHES, *_CACHED), _FP8, requests="adapter"),
+    "LoRA, n-grams, each other": Kind("llama-100m", (*_BATCHES, *_CACHED), _DRAFTED, requests="adapter"),
+    "requests": Kind("qwen3-100m", _ALONE),
+    "logits processors": Kind("qwen3-100m", ("custom logits processors", "preemption"), processors=True),
+    "weights on the host": Kind("qwen3-100m", _WHOLE, {"cpu_offload_gb": 0.1}),
+    "weights on the host, prefetched": Kind("qwen3-100m", _WHOLE, {"offload_group_size": 1}),
+    "breakable CUDA graphs": Kind("qwen3-100m", _WHOLE, environ={"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}),
+    "fp16 weights": Kind("qwen3-100m", _WHOLE, dtype="float16"),
+    "fp32 weights": Kind("qwen3-100m", _WHOLE, dtype="float32"),
 }
 _GRAMMARS = ("", json.dumps({"regex": "[a-f]{3,9}[0-9]+x"}), json.dumps({"choice": ["alpha", "beta", "gamma delta"]}))
 
@@ -108,19 +128,33 @@ def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
         arguments |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
     if kind.requests == "adapter":
         arguments |= {"enable_lora": True, "max_lora_rank": max(adapters.RANKS), "max_loras": adapters.SLOTS}
-    environ = {} if on_gpu else ENVIRON
-    folder = str(recipes.path(kind.model))
-    system = local(folder, level, engine_args=arguments, dtype="bfloat16", eager=not args.compiled, environ=environ)
+    environ = kind.environ if on_gpu else ENVIRON | kind.environ
+    system = local(
+        str(recipes.path(kind.model)),
+        level,
+        engine_args=arguments,
+        dtype=kind.dtype,
+        eager=not args.compiled,
+        logits=kind.processors,
+        environ=environ,
+    )
     if kind.requests:
         system = Changing(system.mode, system.options, environ=environ)
-    label = f"{kind.model} bf16{' compiled' if args.compiled else ''}, {name}"
+    label = f"{kind.model} {SHORT[kind.dtype]}{' compiled' if args.compiled else ''}, {name}"
     axes = tuple(args.axis) or kind.axes
-    rows, report = invariance.measure(label, system, level, only=axes, tell=lambda text: print(text, flush=True))
+    with invariance.ending(args.until):
+        rows, report = invariance.measure(label, system, level, only=axes, tell=told, cut=args.until > 0)
     if args.results is not None:
         found = evidence.new(Found, report)
         found.rows, found.command = rows, "benchmarks/pairs.py"  # kinds share a file
+        if {row.axis for row in rows} < set(axes):
+            found.note = f"{label}: complete axes of a run that was cut"
         print(evidence.write(found, args.results), flush=True)
     return evidence.total_differing(rows)
+
+
+def told(text: str) -> None:
+    print(text, flush=True)
 
 
 def main() -> None:
@@ -131,6 +165,7 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", default=list(known))
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--axis", action="append", default=[], help="an axis of verify; by default, those of the kind")
+    parser.add_argument("--until", type=int, default=0, help="end the run then, seconds since 1970")
     parser.add_argument("--results", type=Path, help="the folder of a result file; by default, none is written")
     args = parser.parse_args()
     bi_patch_entry.without_arming()

@@ -1,7 +1,8 @@
 """Runs in an armed child process: what single requests may turn on, each alone and in company, on one real engine.
 
-python request_kinds.py MODEL [DTYPE]. Prints `ok NAME` or `FAIL NAME: reason` for each comparison, and behind a tab how
-many generated tokens were compared, with all their logprobs, and how many differ. `requests.py` starts it.
+python request_kinds.py MODEL [DTYPE [ARGUMENTS]]. ARGUMENTS: further arguments of vllm.LLM as JSON. Prints `ok NAME` or
+`FAIL NAME: reason` for each comparison, and behind a tab how many generated tokens were compared, with all their
+logprobs, and how many differ. `requests.py` starts it, and benchmarks/hopper/features.py on a GPU.
 """
 
 import copy
@@ -26,6 +27,7 @@ from bi_patch.tools.verify import streams  # noqa: E402
 from bi_patch.tools.verify.answers import Request  # noqa: E402
 
 MODEL, DTYPE = sys.argv[1], (*sys.argv[2:], "float32")[0]
+ARGUMENTS: dict[str, object] = json.loads((*sys.argv[3:], "{}")[0])
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -38,18 +40,17 @@ OTHERS = [
 ]
 
 
-def start(**more) -> LLM:
-    return LLM(
-        MODEL,
-        dtype=DTYPE,
-        max_model_len=512,
-        max_num_seqs=8,
-        max_num_batched_tokens=128,
-        enforce_eager=True,
-        enable_prompt_embeds=True,
-        scheduling_policy="priority",
-        **more,
-    )
+def start() -> LLM:
+    given: dict[str, object] = {
+        "dtype": DTYPE,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "enforce_eager": True,
+        "enable_prompt_embeds": True,
+        "scheduling_policy": "priority",
+    }
+    return LLM(MODEL, **(given | ARGUMENTS))
 
 
 def said(output) -> list:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -21,6 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bi_patch_entry
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import single_requests  # noqa: E402
 
 AXES = (
     *("structured output", "processed logprobs", "custom logits processors", "kinds of sampling"),
@@ -33,18 +35,6 @@ FAMILIES = (
     "Falcon-H1",
     "LFM2",
 )  # streamed inputs and pauses: each keeps other states
-# Beginnings of what request_kinds.py prints, and the name of the axis.
-KINDS = {
-    "n": "n",
-    "beam search": "beam search",
-    "prompt_embeds": "prompt embeddings",
-    "logit_bias with allowed_token_ids": "bias with allowed tokens",
-    "min_tokens": "min_tokens",
-    "priorities": "priorities",
-    "a reset of running requests": "a reset of running requests",
-    "streamed inputs": "streamed inputs",
-}
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def kinds(dtype: str) -> tuple[list, SimpleNamespace]:
@@ -53,33 +43,15 @@ def kinds(dtype: str) -> tuple[list, SimpleNamespace]:
     import vllm
 
     from bi_patch import settings
-    from bi_patch.tools import evidence
     from bi_patch.tools.models import recipes
-    from bi_patch.tools.verify.child import ARMED, PATIENT, child_environ
-    from bi_patch.tools.verify.engine import Options, cpu_name
+    from bi_patch.tools.verify.engine import cpu_name
 
     folder = str(recipes.path(recipes.QWEN3, cache=settings.read().cache))
-    environ = child_environ(os.environ | PATIENT, ARMED, Options(folder)) | {
-        "PYTHONPATH": os.environ.get("PYTHONPATH", "."),
-        "OMP_NUM_THREADS": "2",
-    }
-    command = [sys.executable, "-P", Path(__file__).with_name("request_kinds.py"), folder, dtype]
-    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL "))]
-    print("\n".join(lines), flush=True)
-    if others := [x for x in lines if x.startswith("FAIL ") and not x.split(" ", 1)[1].startswith(tuple(KINDS))]:
-        raise SystemExit("\n".join(others))
-    rows = []
-    for begins, axis in KINDS.items():
-        found = [line for line in lines if line.split(" ", 1)[1].startswith(begins)]
-        counts = [[int(count) for count in line.rpartition("\t")[2].split()] for line in found]
-        failed = [line for line in found if line.startswith("FAIL ")]
-        compared, differing = (sum(count[i] for count in counts) for i in (0, 1))
-        if not compared or failed and not differing:
-            raise SystemExit(f"{axis}: {failed or 'nothing was compared'}")
-        rows.append(
-            evidence.InvarianceRow(f"{recipes.QWEN3} {SHORT[dtype]}, single requests", axis, compared, differing)
-        )
+    environ = {"PYTHONPATH": os.environ.get("PYTHONPATH", "."), "OMP_NUM_THREADS": "2"}
+    label = f"{recipes.QWEN3} {single_requests.SHORT[dtype]}, single requests"
+    rows, wrong = single_requests.measured(folder, dtype, label, environ)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
     here = SimpleNamespace(
         device=f"{cpu_name()} ({os.cpu_count()} cores)", vllm=vllm.__version__, torch=str(torch.__version__), threads=2
     )
@@ -129,7 +101,7 @@ def main() -> None:
 
     made = []
     if args.only != "axes":
-        made += [kinds(dtype) for dtype in SHORT]
+        made += [kinds(dtype) for dtype in single_requests.SHORT]
     if args.only != "kinds":
         made.append(axes())
     rows = [row for found, _ in made for row in found]
