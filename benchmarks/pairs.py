@@ -19,6 +19,9 @@ from pathlib import Path
 
 import bi_patch_entry
 
+sys.path.insert(0, str(Path(__file__).with_name("hopper")))
+from until import ending  # noqa: E402
+
 ENVIRON = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _CACHED = ("prefix cache", "shared prefix", "chunk budget", "preemption")
@@ -142,7 +145,7 @@ def measure(name: str, kind: Kind, args: argparse.Namespace) -> int:
         system = Changing(system.mode, system.options, environ=environ)
     label = f"{kind.model} {SHORT[kind.dtype]}{' compiled' if args.compiled else ''}, {name}"
     axes = tuple(args.axis) or kind.axes
-    with invariance.ending(args.until):
+    with ending(args.until):
         rows, report = invariance.measure(label, system, level, only=axes, tell=told, cut=args.until > 0)
     if args.results is not None:
         found = evidence.new(Found, report)
