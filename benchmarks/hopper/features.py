@@ -1,11 +1,12 @@
-"""Measures on a GPU what single requests ask for, and keys and values that lie in the host's memory.
+"""Measures on a GPU what single requests ask for, and weights, keys and values that lie in the host's memory.
 
     PYTHONPATH=. python3 benchmarks/hopper/features.py [CASE ...] [--results FOLDER]
 
 CASE: a key of CASES, by default all. "single requests": each alone and in company (cpu/request_kinds.py). "KV offload":
 prompts whose keys and values left the GPU's cache and come back from the host's memory, against the same prompts on an
-empty cache; also in company, with more tokens behind them, and sampled. Exit code 1: positions differ, or something
-else failed.
+empty cache; also in company, with more tokens behind them, and sampled. "weights on the host": engines with
+--cpu-offload-gb and --offload-group-size against an engine whose weights are on the GPU. Exit code 1: positions differ,
+or something else failed.
 """
 
 from __future__ import annotations
@@ -37,21 +38,19 @@ LENGTHS = (120, 333, 700, 64, 1000)
 
 
 class Case(NamedTuple):
-    """connector: of KV offload, "" for single requests. dtype: of single requests. extra: of the connector."""
+    """what: SINGLE, WEIGHTS, or the connector of KV offload."""
 
-    connector: str = ""
+    what: str
     eager: bool = True
-    dtype: str = "bfloat16"
-    extra: dict[str, object] = {}
 
 
-CASES = {
-    "single requests, eager": Case(),
-    "single requests, compiled": Case(eager=False),
-    "OffloadingConnector, eager": Case("OffloadingConnector"),
-    "SimpleCPUOffloadConnector, eager": Case("SimpleCPUOffloadConnector"),
-    "OffloadingConnector, compiled": Case("OffloadingConnector", eager=False),
-    "SimpleCPUOffloadConnector, compiled": Case("SimpleCPUOffloadConnector", eager=False),
+SINGLE, WEIGHTS = "single requests", "weights on the host"
+KINDS = (SINGLE, "OffloadingConnector", "SimpleCPUOffloadConnector", WEIGHTS)
+CASES = {f"{what}, {mode}": Case(what, mode == "eager") for mode in ("eager", "compiled") for what in KINDS}
+# Arguments of vllm.LLM: by zero copy for half of the weights, and with every layer brought to the GPU before its turn.
+ON_HOST: dict[str, dict[str, object]] = {
+    "--cpu-offload-gb": {"cpu_offload_gb": 0.1},
+    "--offload-group-size": {"offload_group_size": 1},
 }
 
 
@@ -65,8 +64,8 @@ def single(label: str, case: Case) -> tuple[list, list[str], SimpleNamespace]:
     arguments = MEMORY | {"enforce_eager": case.eager} | ({} if case.eager else GRAPHS)
     folder = str(recipes.path(recipes.QWEN3_100M))
     environ = {"PYTHONPATH": os.environ.get("PYTHONPATH", ".")}
-    name = f"{recipes.QWEN3_100M} {single_requests.SHORT[case.dtype]}, {label}"
-    rows, wrong = single_requests.measured(folder, case.dtype, name, environ, arguments)
+    name = f"{recipes.QWEN3_100M} bf16, {label}"
+    rows, wrong = single_requests.measured(folder, "bfloat16", name, environ, arguments)
     here = SimpleNamespace(
         device=torch.cuda.get_device_name(),
         vllm=vllm.__version__,
@@ -85,9 +84,9 @@ def offload(label: str, case: Case) -> tuple[list, list[str], object]:
     from bi_patch.tools.verify.probes import NotExercised
 
     transfer = {
-        "kv_connector": case.connector,
+        "kv_connector": case.what,
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": OFFLOADED} | case.extra,
+        "kv_connector_extra_config": {"cpu_bytes_to_use": OFFLOADED},
     }
     options = Options(
         str(recipes.path(recipes.QWEN3_100M)),
@@ -176,6 +175,48 @@ def row(label: str, axis: str, pairs: Sequence[tuple]):
     return InvarianceRow(label, axis, sum(f.compared for f in found), sum(f.differing for f in found), first)
 
 
+def weights(label: str, case: Case) -> tuple[list, list[str], object]:
+    """The rows of engines with weights in the host's memory, nothing, and the Info of the engine without. The engines
+    start side by side."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from bi_patch.tools.models import recipes
+    from bi_patch.tools.verify.child import ARMED, ChildEngine
+    from bi_patch.tools.verify.engine import Options
+    from bi_patch.tools.verify.probes import Workload
+    from bi_patch.tools.verify.probes.crossing import everything
+
+    folder = str(recipes.path(recipes.QWEN3_100M))
+
+    def answers(extra: dict[str, object]):
+        given = MEMORY | extra | ({} if case.eager else GRAPHS)
+        options = Options(folder, eager=case.eager, max_model_len=1024, max_num_seqs=64, chunk=512, extra=given)
+        with ChildEngine(ARMED, options, environ=dict(os.environ)) as engine:
+            load = Workload.random(
+                engine.info.vocab_size,
+                lengths=(3, 40, 290),
+                generate=12,
+                sizes=(2, 17),
+                fillers=63,
+                filler_lengths=(2, 5, 9, 17),
+                long=0,
+                prefix=200,
+            )
+            return engine.generate(everything(engine, load)), engine.info
+
+    with ThreadPoolExecutor(1 + len(ON_HOST)) as pool:
+        (plain, info), *held = pool.map(answers, ({}, *ON_HOST.values()))
+    rows = [
+        row(
+            f"{recipes.QWEN3_100M} bf16, {name}, {'eager' if case.eager else 'compiled'}",
+            WEIGHTS,
+            list(zip(plain, found)),
+        )
+        for name, (found, _) in zip(ON_HOST, held, strict=True)
+    ]
+    return rows, [], info
+
+
 def measure(label: str, results: Path) -> bool:
     """Measure one case and write its rows. Returns whether everything was measured and no position differs."""
     from bi_patch.tools import evidence
@@ -185,7 +226,7 @@ def measure(label: str, results: Path) -> bool:
 
     case = CASES[label]
     try:
-        rows, wrong, here = (offload if case.connector else single)(label, case)
+        rows, wrong, here = {SINGLE: single, WEIGHTS: weights}.get(case.what, offload)(label, case)
     except (BiPatchError, OSError, RuntimeError) as error:
         print(f"{label}: {type(error).__name__}: {error}", flush=True)
         return False
