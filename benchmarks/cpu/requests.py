@@ -6,7 +6,7 @@ streamed inputs.
 
 The first three, streamed inputs and pauses: axes of verify, on one armed engine of a tiny model in eager mode, and one
 compiled; streamed inputs of some families as well. The others, and streamed inputs: each alone and in company, on
-engines in fp32 and bf16 (request_kinds.py). Exit code 1: positions differ.
+engines in fp32 and bf16, eager and compiled (request_kinds.py). Exit code 1: positions differ.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FAMILIES = (
 )  # streamed inputs and pauses: each keeps other states
 
 
-def kinds(dtype: str) -> tuple[list, SimpleNamespace]:
+def kinds(dtype: str, eager: bool) -> tuple[list, SimpleNamespace]:
     """Rows of evidence of one engine, and what the file says of the machine. Raises CalledProcessError."""
     import torch
     import vllm
@@ -48,8 +48,8 @@ def kinds(dtype: str) -> tuple[list, SimpleNamespace]:
 
     folder = str(recipes.path(recipes.QWEN3, cache=settings.read().cache))
     environ = {"PYTHONPATH": os.environ.get("PYTHONPATH", "."), "OMP_NUM_THREADS": "2"}
-    label = f"{recipes.QWEN3} {single_requests.SHORT[dtype]}, single requests"
-    rows, wrong = single_requests.measured(folder, dtype, label, environ)
+    label = f"{recipes.QWEN3} {single_requests.SHORT[dtype]}, single requests{'' if eager else ', compiled'}"
+    rows, wrong = single_requests.measured(folder, dtype, label, environ, {"enforce_eager": eager})
     if wrong:
         raise SystemExit("\n".join(wrong))
     here = SimpleNamespace(
@@ -101,7 +101,7 @@ def main() -> None:
 
     made = []
     if args.only != "axes":
-        made += [kinds(dtype) for dtype in single_requests.SHORT]
+        made += [kinds(dtype, eager) for dtype in single_requests.SHORT for eager in (True, False)]
     if args.only != "kinds":
         made.append(axes())
     rows = [row for found, _ in made for row in found]
