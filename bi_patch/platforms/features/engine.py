@@ -33,6 +33,7 @@ _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
+_CPU_REQUESTS_COMPILED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-3.json"
 _CPU_STREAMED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-2.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
@@ -168,7 +169,7 @@ FEATURES: tuple[Feature, ...] = (
     *TRAINERS,
     row(
         "custom logits processors",
-        cpu=untried("the tests cover them"),
+        cpu=served(_CPU_STREAMED, why="processors of bi-patch verify, a tiny Qwen3, in eager mode and compiled"),
         cuda=untried(),
         ascend=untried(NO_NPU),
         details="The class must say `batch_invariant = True`: its result for a row depends only on the request's "
@@ -183,14 +184,16 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "prompt embeddings, compiled",
-        cpu=untried("measured in eager mode"),
+        cpu=served(_CPU_REQUESTS_COMPILED, why="a tiny Qwen3, in bf16 and fp32"),
         cuda=untried(),
         ascend=untried(NO_NPU),
         asked=when_compiled(of_model(_embeds, "compiled prompt embeddings")),
     ),
     row(
         "n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests",
-        cpu=served(_CPU_REQUESTS, why="a tiny Qwen3 in eager mode, in bf16 and fp32"),
+        cpu=served(
+            _CPU_REQUESTS, _CPU_REQUESTS_COMPILED, why="a tiny Qwen3, in eager mode and compiled, in bf16 and fp32"
+        ),
         cuda=untried(),
         ascend=untried(NO_NPU),
         details="`reset_prefix_cache(reset_running_requests=True)` is refused where it would drop tokens that a "

@@ -88,7 +88,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("structured output", "cpu"): (("smollm2*", "structured output"), ("* compiled", "structured output")),
     ("n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests", "cpu"): tuple(
-        (f"* {dtype}, single requests", *_ASKED) for dtype in ("bf16", "fp32")
+        (f"* {dtype}, single requests{mode}", *_ASKED) for dtype in ("bf16", "fp32") for mode in ("", ", compiled")
+    ),
+    ("custom logits processors", "cpu"): tuple(
+        (f"tiny-* requests{mode}", "custom logits processors") for mode in ("", ", compiled")
+    ),
+    ("prompt embeddings, compiled", "cpu"): tuple(
+        (f"* {dtype}, single requests, compiled", "prompt embeddings") for dtype in ("bf16", "fp32")
     ),
     ("sleep and wake (--enable-sleep-mode)", "cuda"): (("*, eager", "weight update"), ("*, graphs", "weight update")),
     ("pauses (sleep level 0, pause_generation)", "cpu"): tuple(
