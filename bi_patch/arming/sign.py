@@ -13,9 +13,10 @@ import msgspec
 
 from bi_patch import identity, running
 from bi_patch.arming import contract, process, workers
-from bi_patch.errors import SeamOpen
+from bi_patch.errors import SeamOpen, UnsupportedFeature
 from bi_patch.ops.certificates import Counts
 from bi_patch.platforms.features import table
+from bi_patch.seams import agreement
 
 _log = logging.getLogger("vllm.bi_patch")
 
@@ -26,7 +27,8 @@ class Sign(msgspec.Struct, frozen=True):
     version, digest: bi_patch's release and the digest of its code. vllm, platform: as in the plan. closed, seams: the
     numbers of patch points that are closed, and of all whose modules an engine core loads. certificates: those of all
     workers. untried: what this engine uses, and what the feature table calls untried. contract: what decides
-    the engine's bits (bi_patch.arming.contract). linears: how many linear layers each route serves, on CPU.
+    the engine's bits (bi_patch.arming.contract). linears: how many linear layers each route serves, on CPU. settings:
+    those of its process that decide bits.
     """
 
     version: str
@@ -39,6 +41,7 @@ class Sign(msgspec.Struct, frozen=True):
     untried: tuple[str, ...] = ()
     contract: dict[str, Any] = {}
     linears: dict[str, int] = {}
+    settings: dict[str, str] = {}
 
     def words(self) -> str:
         """One line for a log."""
@@ -75,6 +78,7 @@ def make(config: Any, executor: Any) -> None:
         table.untried(config, plan.platform, plan.release),
         contract.make(config, executor, plan.platform, str(plan.release)),
         workers.routes(executor, plan.platform),
+        agreement.settings(plan.platform),
     )
     running.keep(current.engine.contract)
     _log.info("%s (engine core)", current.engine.words())
@@ -86,14 +90,15 @@ def held() -> dict[str, object] | None:
     return None if current is None or current.engine is None else msgspec.to_builtins(current.engine)
 
 
-def take(payload: bytes) -> None:
+def take(payload: bytes) -> Sign | None:
     """In a front end: check the sign in an engine core's ready message, keep it in the state, and log it.
 
-    payload: the message, a msgpack map. Raises SeamOpen if the engine core is not armed by this bi_patch.
+    payload: the message, a msgpack map. Raises SeamOpen if the engine core is not armed by this bi_patch. Returns None
+    in a process that is not armed.
     """
     current = process.state()
     if current is None:
-        return
+        return None
     said = msgspec.msgpack.decode(payload).get("bi_patch") if payload else None
     try:
         found = msgspec.convert(said, Sign) if said else None
@@ -109,3 +114,30 @@ def take(payload: bytes) -> None:
     current.engine = found
     running.keep(found.contract)
     _log.info("%s (front end, as its engine core says)", found.words())
+    return found
+
+
+def compare(first: Sign, other: Sign) -> None:
+    """Compare two data-parallel engine cores of one front end: its load decides which of them serves a request.
+
+    Raises UnsupportedFeature with what decides their bits and differs.
+    """
+    one, two = _decides(first), _decides(other)
+    differing = [name for name in sorted(one | two) if one.get(name) != two.get(name)]
+    if differing:
+        said = ", ".join(f"{name} ({one.get(name)} and {two.get(name)})" for name in differing)
+        raise UnsupportedFeature(
+            f"engine.front_end: data-parallel engine cores differ in {said}, so the load would decide a request's "
+            "bits. Use devices of one kind with the same settings and library versions for all of them, or set "
+            "BI_PATCH=0 for every one"
+        )
+
+
+def _decides(sign: Sign) -> dict[str, Any]:
+    """What decides an engine core's bits, by name: all of its contract but vLLM's name of the engine.
+
+    On CPU, a linear layer of 16-bit weights has the same bits by each route, and one of quantized weights has not.
+    """
+    held = {name: value for name, value in sign.contract.items() if name != "instance"}
+    routes = {"linears": sign.linears} if held.get("quantization") else {}
+    return held | sign.settings | routes

@@ -8,6 +8,9 @@ from bi_patch.seams import active, stages
 from bi_patch.seams.model import Seam, Target
 
 
+_FIRST = "_bi_patch_first"  # attribute of vLLM's MPClient: the sign of its first engine core
+
+
 def _config(original):
     """VllmConfig.__post_init__: apply the policies to every finished configuration."""
 
@@ -59,11 +62,14 @@ def _ready(original):
 
 
 def _front_end(original):
-    """MPClient._apply_ready_response: check the engine core's sign before the front end sends it a request."""
+    """MPClient._apply_ready_response: check the engine core's sign before the front end sends it a request, and compare
+    it with that of the first one."""
 
     @functools.wraps(original)
     def _apply_ready_response(self, payload, *args, **kwargs):
-        sign.take(payload)
+        found = sign.take(payload)
+        if found is not None:
+            sign.compare(self.__dict__.setdefault(_FIRST, found), found)
         return original(self, payload, *args, **kwargs)
 
     return _apply_ready_response
@@ -135,7 +141,8 @@ SEAMS = (
         targets=(Target("vllm.v1.engine.core_client", "MPClient._apply_ready_response"),),
         close=_front_end,
         why="an armed front end would use an engine core that is not armed, e.g. on another node",
-        how="the front end stops if an engine core is not armed, or is armed by another bi_patch",
+        how="the front end stops if an engine core is not armed, or is armed by another bi_patch. It also stops if "
+        "data-parallel engine cores differ in what decides bits, because any of them may serve a request",
         until="never: this patch point runs the start-up check",
     ),
     Seam(

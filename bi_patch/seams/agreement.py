@@ -87,13 +87,25 @@ def _own() -> dict[str, str]:
     return {
         "bi_patch": identity.digest(),
         "vLLM": f"{plan.release} for {plan.platform}",
-        "settings": f"BI_PATCH_TP_INVARIANT={active.leaves} BI_PATCH_MLA={active.mla}",
-        "open patch points": os.environ.get("BI_PATCH_LEAVE_OPEN", "") or "none",
+        **settings(plan.platform),
         "PyTorch": version("torch"),
         _DEVICE: _device(plan.platform),
     }
 
 
+def settings(platform: str) -> dict[str, str]:
+    """The settings of this process that decide bits, by their name in an error."""
+    return {
+        "settings": f"BI_PATCH_TP_INVARIANT={active.leaves} BI_PATCH_MLA={active.mla}",
+        "open patch points": os.environ.get("BI_PATCH_LEAVE_OPEN", "") or "none",
+        "variables of libraries": ", ".join(_machine(platform).switches()) or "none",
+    }
+
+
 def _device(platform: str) -> str:
-    found = importlib.import_module(f"bi_patch.ops.{platform}.machine").device()
+    found = _machine(platform).device()
     return found.rpartition(", ")[0] if platform == "cpu" else found  # ranks may have other numbers of threads
+
+
+def _machine(platform: str) -> Any:
+    return importlib.import_module(f"bi_patch.ops.{platform}.machine")

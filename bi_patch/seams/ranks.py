@@ -44,10 +44,10 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
     if group.world_size > 1:
         if covers is not None:
             agreement.together(world, _refusal(covers, config, group))
-        agreement.together(world, _refusal(_whole, config, group, name, ordered, todo))
+        agreement.together(world, _moves(_whole, config, group, name, ordered, todo))
     sharing = _sharing(config)
     if sharing is not None:
-        agreement.together(world, _refusal(_slices, config, sharing, name, todo))
+        agreement.together(world, _moves(_slices, config, sharing, name, todo))
 
 
 def _whole(config: Any, group: Any, name: str, ordered: bool, todo: str) -> None:
@@ -86,7 +86,7 @@ def others(config: Any) -> int:
 
 
 def alike(name: str, config: Any, certify: Callable[[], Iterable[Any]]) -> None:
-    """Make certificates, and compare those of data-parallel ranks that share experts: any may serve a request.
+    """Make certificates, and compare those of ranks that share the rows of experts: any may serve a row.
 
     name: the seam's, for the error. certify: makes the certificates of this rank. Every rank calls it. Raises what
     `certify` raises, on every rank that shares experts. Raises UnsupportedFeature on all of these ranks if other
@@ -95,11 +95,11 @@ def alike(name: str, config: Any, certify: Callable[[], Iterable[Any]]) -> None:
     if ranks_of_experts(config) == 1:
         certify()
         return
-    from vllm.distributed.parallel_state import get_dp_group, get_world_group
+    from vllm.distributed.parallel_state import get_world_group
 
     world, made = get_world_group(), []
     agreement.together(world, _refusal(lambda: made.extend(certify())))
-    agreement.together(world, _refusal(_same, name, get_dp_group(), made))
+    agreement.together(world, _refusal(_same, name, _sharing(config), made))
 
 
 def _same(name: str, group: Any, made: list[Any]) -> None:
@@ -110,8 +110,8 @@ def _same(name: str, group: Any, made: list[Any]) -> None:
     differing = sorted({problem for failed in said for problem in failed if not all(problem in f for f in said)})
     if differing:
         raise UnsupportedFeature(
-            f"{name}: {group.world_size} data-parallel ranks have other certificates ({', '.join(differing[:3])}), so "
-            "a request would get other bits on another rank. Delete the folder of certificates, use ranks of one kind "
+            f"{name}: {group.world_size} ranks that share experts have other certificates "
+            f"({', '.join(differing[:3])}), so a row would get other bits on another rank. Delete the folder of certificates, use ranks of one kind "
             "of device, or set BI_PATCH=0 for every rank"
         )
 
@@ -136,7 +136,18 @@ def _slices(config: Any, group: Any, name: str, todo: str) -> None:
         )
 
 
+def _moves(check: Callable[..., None], *given: Any) -> UnsupportedFeature | None:
+    """What a check found that exchanges messages, or None. Raises another error at once, for the ranks that wait for
+    this rank's next message do not come to `together`. They hear of it where ranks hear what stops a rank's start."""
+    try:
+        check(*given)
+    except UnsupportedFeature as error:
+        return error
+    return None
+
+
 def _refusal(check: Callable[..., None], *given: Any) -> Exception | None:
+    """What this rank's own check raises, or None."""
     try:
         check(*given)
     except Exception as error:  # of any kind: the others must not wait for this rank

@@ -43,7 +43,8 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, ranks: int) -> None:
         self._store, self._rank, self._ranks = store, rank, ranks
-        self._heard = self._started = False
+        self._started = False
+        self._heard: errors.BiPatchError | None = None
         self._lock = threading.Lock()
         self._over = threading.Event()  # this rank has raised, and waits for nobody
         self._thread = threading.Thread(target=self._look, name="bi_patch-start", daemon=True)
@@ -77,6 +78,8 @@ class Watch:
 
     def _reason(self) -> errors.BiPatchError | None:
         """What stopped another rank, as an error of this rank. None if nothing did."""
+        if self._heard is not None:
+            return self._heard  # the store's process may have ended since
         try:
             if not self._store.check([_REASON]):
                 return None
@@ -84,12 +87,14 @@ class Watch:
             if rank == self._rank:
                 return None
             with self._lock:
-                if not self._heard:
-                    self._heard = True
+                if self._heard is None:
+                    made = getattr(errors, kind, errors.BiPatchError)
+                    self._heard = made(f"{text} (rank {rank} said this, and stopped)")
                     self._store.add(_HEARD, 1)
         except RuntimeError as error:
-            return None if self._started else errors.BiPatchError(f"another rank's process has ended ({error})")
-        return getattr(errors, kind, errors.BiPatchError)(f"{text} (rank {rank} said this, and stopped)")
+            if self._heard is None and not self._started:
+                return errors.BiPatchError(f"another rank's process has ended ({error})")
+        return self._heard
 
     def _leave(self) -> None:
         """This rank looks no more. A thread inside the store while Python ends would hang or abort."""

@@ -88,6 +88,11 @@ def _version(library: Library, otherwise: str = "") -> None:
         )
 
 
+def switches() -> list[str]:
+    """The variables of this process by which libraries take other kernels: none that bi_patch knows."""
+    return []
+
+
 @functools.cache
 def chip() -> Chip:
     """The current NPU's entry in the table of chips. Raises UnsupportedDevice for an NPU that the table lacks."""

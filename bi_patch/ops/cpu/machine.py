@@ -74,8 +74,12 @@ def libraries(library: str) -> str:
     """
     import torch
 
-    switches = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SWITCHES)]
-    return ", ".join([library, f"torch {torch.__version__}", *switches])
+    return ", ".join([library, f"torch {torch.__version__}", *switches()])
+
+
+def switches() -> list[str]:
+    """The variables of this process by which libraries take other kernels."""
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SWITCHES)]
 
 
 def kernels_digest() -> str:

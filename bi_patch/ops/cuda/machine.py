@@ -108,12 +108,17 @@ def libraries() -> str:
 
     from bi_patch.ops.cuda import cublaslt
 
-    further = sorted(name for name in os.environ if name.startswith(_SWITCHES) and name not in WORKSPACE)
-    switches = " ".join(f"{name}={os.environ.get(name, '')}" for name in (*WORKSPACE, *further))
+    own = [f"{name}={os.environ.get(name, '')}" for name in WORKSPACE]
     return (
         f"torch {torch.__version__} cuda {torch.version.cuda} cublaslt {cublaslt.version()} "
-        f"driver {_driver_version()} triton {triton.__version__} {switches}"
+        f"driver {_driver_version()} triton {triton.__version__} {' '.join([*own, *switches()])}"
     )
+
+
+def switches() -> list[str]:
+    """The variables of this process by which libraries take other kernels, except those that arming sets."""
+    found = sorted(name for name in os.environ if name.startswith(_SWITCHES) and name not in WORKSPACE)
+    return [f"{name}={os.environ[name]}" for name in found]
 
 
 @functools.cache

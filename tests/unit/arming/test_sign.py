@@ -1,5 +1,6 @@
 """The sign of an armed engine core: what it says, and which engine cores a front end refuses."""
 
+import contextlib
 import dataclasses
 import logging
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from bi_patch import identity, running
 from bi_patch.arming import process, sign, startup_seams, workers
-from bi_patch.errors import SeamOpen
+from bi_patch.errors import SeamOpen, UnsupportedFeature
 from bi_patch.ops.certificates import Counts
 from bi_patch.platforms.releases import BY_PLATFORM
 from bi_patch.seams.plan import Plan
@@ -88,6 +89,37 @@ def test_the_sign_travels_in_the_ready_message(state, monkeypatch):
 def test_a_front_end_refuses_another_engine_core(state, payload, said):
     with pytest.raises(SeamOpen, match=said):
         startup_seams._front_end(lambda self, payload: None)(None, payload)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "said"),
+    [
+        ({}, {}, ""),
+        ({"contract": {"instance": "ab"}}, {"contract": {"instance": "cd"}}, ""),
+        ({"certificates": Counts(4, 1, 2)}, {"certificates": Counts(5, 0, 0)}, ""),
+        ({"contract": {"instance": "ab", "device": "H100"}}, {"contract": {"instance": "ab", "device": "H200"}}, "H100"),
+        ({"contract": {"torch": "2.13", "mla": "one"}}, {"contract": {"torch": "2.12"}}, "mla .one and None., torch"),
+        ({"settings": {"settings": "BI_PATCH_MLA=two"}}, {"settings": {"settings": "BI_PATCH_MLA=one"}}, "MLA=two and"),
+        ({"linears": {"library": 3}}, {"linears": {"bundled": 3}}, ""),  # of 16-bit weights: the same bits
+        (
+            {"linears": {"library": 3}, "contract": {"instance": "ab", "quantization": "awq"}},
+            {"linears": {"bundled": 3}, "contract": {"instance": "ab", "quantization": "awq"}},
+            "linears",
+        ),
+    ],
+)
+def test_data_parallel_engine_cores_decide_bits_alike(state, monkeypatch, first, other, said):
+    """The front end's load decides which of them serves a request."""
+    monkeypatch.setattr(running, "keep", lambda contract: None)
+    client, asked = SimpleNamespace(), []
+    take = startup_seams._front_end(lambda self, payload: asked.append(payload))
+    for changes in (first, first):
+        take(client, message(bi_patch=msgspec.to_builtins(signed(**changes))))
+    refused = pytest.raises(UnsupportedFeature, match=f"engine.front_end: data-parallel engine cores differ in .*{said}")
+    with refused if said else contextlib.nullcontext():
+        take(client, message(bi_patch=msgspec.to_builtins(signed(**other))))
+    assert len(asked) == (2 if said else 3)
+    take(SimpleNamespace(), message(bi_patch=msgspec.to_builtins(signed(**other))))  # another engine's front end
 
 
 def test_a_front_end_that_is_not_armed_asks_nothing(monkeypatch):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from bi_patch.errors import BiPatchError, CertificateFailed
 from bi_patch.seams import stages
 
-ENDS = ("waiting", "later")  # cases in which a rank's process ends, because nothing else wakes it
+ENDS = ("waiting", "later", "in a sum")  # cases in which a rank's process ends, because nothing else wakes it
 stages.LOOK, stages.HEARD = 0.1, 600.0  # a rank that nobody hears would show
 
 
@@ -76,6 +76,8 @@ class Worker:
 
     def init_device(self):
         stages.watch(SimpleNamespace(world_size=dist.get_world_size(), rank_in_group=self.rank))
+        if self.case == "in a sum":
+            summed(self.rank)
 
     def load_model(self):
         if self.case == "waiting":
@@ -101,6 +103,33 @@ class Worker:
             raise CertificateFailed("a late one")
         if self.case == "well":
             dist.barrier()
+
+
+def summed(rank):
+    """The check of sums over ranks. Rank 1 has no memory for the third message, for which the others wait."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    from bi_patch.seams import agreement, ranks
+
+    calls = []
+
+    def all_reduce(x):
+        calls.append(x)
+        if rank == 1 and len(calls) == 3:
+            raise MemoryError("no memory for a message")
+        dist.all_reduce(x)
+        return x
+
+    agreement.check = lambda name, group: None
+    stages.watch = lambda world: None  # it watches already
+    group = SimpleNamespace(world_size=2, rank_in_group=rank, all_reduce=all_reduce, device="cpu")
+    group.cpu_group = dist.new_group(backend="gloo")
+    parallel_state.get_tp_group = parallel_state.get_world_group = lambda: group
+    model = SimpleNamespace(get_hidden_size=lambda: 64, dtype=torch.float32)
+    config = SimpleNamespace(model_config=model, scheduler_config=SimpleNamespace(max_num_batched_tokens=16))
+    config.parallel_config = SimpleNamespace(tensor_parallel_size=2)
+    ranks.closing("communicator.order", False, "")(lambda config: None)(config)
 
 
 def until(true):
@@ -129,7 +158,7 @@ def main(rank, ranks, place, case):
     print(json.dumps(said), flush=True)
     if case == "later" and rank == 1:
         time.sleep(600)  # a rank that has started ends, too
-    if case == "waiting" and rank == 1:
+    if case in ("waiting", "in a sum") and rank == 1:
         sys.stdin.read()  # its process stays, as that of a worker that answers a call
 
 

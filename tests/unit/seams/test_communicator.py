@@ -316,8 +316,10 @@ def test_experts_are_certified_for_the_rows_of_all_ranks():
 @pytest.mark.parametrize(
     ("failed", "named"), [({}, ""), ({0: "b", 1: "b"}, ""), ({1: "b"}, "other certificates .b."), ({0: "b"}, "b")]
 )
-def test_ranks_that_share_experts_have_the_same_certificates(failed, named, monkeypatch):
-    """Any of these ranks may serve a request, and a failed certificate lets another kernel serve."""
+@pytest.mark.parametrize("split", [False, True])
+def test_ranks_that_share_experts_have_the_same_certificates(split, failed, named, monkeypatch):
+    """Any of these ranks may serve a row, and a failed certificate lets another kernel serve. Where tensor-parallel
+    ranks split the rows of experts (split), a row's place in the step decides which of them serves the row."""
     import torch.distributed as dist
 
     made = [
@@ -330,10 +332,13 @@ def test_ranks_that_share_experts_have_the_same_certificates(failed, named, monk
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(
-        "vllm.distributed.parallel_state.get_dp_group", lambda: SimpleNamespace(world_size=2, cpu_group=None)
+        f"vllm.distributed.parallel_state.get_{'ep' if split else 'dp'}_group",
+        lambda: SimpleNamespace(world_size=2, cpu_group=None),
     )
+    held = _of_experts(2)
+    held.parallel_config.use_sequence_parallel_moe = split
     with pytest.raises(UnsupportedFeature, match=f"linear.x: 2 .*{named}") if named else contextlib.nullcontext():
-        seams_ranks.alike("linear.x", _of_experts(2), lambda: made[0])
+        seams_ranks.alike("linear.x", held, lambda: made[0])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
