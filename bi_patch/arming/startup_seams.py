@@ -7,7 +7,6 @@ from bi_patch.arming import sign, startup, workers
 from bi_patch.seams import active, stages
 from bi_patch.seams.model import Seam, Target
 
-
 _FIRST = "_bi_patch_first"  # attribute of vLLM's MPClient: the sign of its first engine core
 
 

@@ -111,8 +111,8 @@ def _same(name: str, group: Any, made: list[Any]) -> None:
     if differing:
         raise UnsupportedFeature(
             f"{name}: {group.world_size} ranks that share experts have other certificates "
-            f"({', '.join(differing[:3])}), so a row would get other bits on another rank. Delete the folder of certificates, use ranks of one kind "
-            "of device, or set BI_PATCH=0 for every rank"
+            f"({', '.join(differing[:3])}), so a row would get other bits on another rank. Delete the folder of "
+            "certificates, use ranks of one kind of device, or set BI_PATCH=0 for every rank"
         )
 
 

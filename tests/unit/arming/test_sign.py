@@ -97,7 +97,11 @@ def test_a_front_end_refuses_another_engine_core(state, payload, said):
         ({}, {}, ""),
         ({"contract": {"instance": "ab"}}, {"contract": {"instance": "cd"}}, ""),
         ({"certificates": Counts(4, 1, 2)}, {"certificates": Counts(5, 0, 0)}, ""),
-        ({"contract": {"instance": "ab", "device": "H100"}}, {"contract": {"instance": "ab", "device": "H200"}}, "H100"),
+        (
+            {"contract": {"instance": "ab", "device": "H100"}},
+            {"contract": {"instance": "ab", "device": "H200"}},
+            "H100",
+        ),
         ({"contract": {"torch": "2.13", "mla": "one"}}, {"contract": {"torch": "2.12"}}, "mla .one and None., torch"),
         ({"settings": {"settings": "BI_PATCH_MLA=two"}}, {"settings": {"settings": "BI_PATCH_MLA=one"}}, "MLA=two and"),
         ({"linears": {"library": 3}}, {"linears": {"bundled": 3}}, ""),  # of 16-bit weights: the same bits
@@ -115,7 +119,9 @@ def test_data_parallel_engine_cores_decide_bits_alike(state, monkeypatch, first,
     take = startup_seams._front_end(lambda self, payload: asked.append(payload))
     for changes in (first, first):
         take(client, message(bi_patch=msgspec.to_builtins(signed(**changes))))
-    refused = pytest.raises(UnsupportedFeature, match=f"engine.front_end: data-parallel engine cores differ in .*{said}")
+    refused = pytest.raises(
+        UnsupportedFeature, match=f"engine.front_end: data-parallel engine cores differ in .*{said}"
+    )
     with refused if said else contextlib.nullcontext():
         take(client, message(bi_patch=msgspec.to_builtins(signed(**other))))
     assert len(asked) == (2 if said else 3)
