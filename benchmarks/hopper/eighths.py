@@ -26,13 +26,15 @@ from bi_patch.ops.certificates import Key
 
 CASES = {"128": (32, 8, 128), "64": (32, 8, 64), "256": (16, 2, 256)}  # heads, key heads, head size
 LOADS = ((1, 576), (8, 1088), (64, 576), (256, 1088), (2, 32000))
+MORE_LOADS = ((1, 32000), (1, 131072), (8, 8000), (64, 1000), (256, 600))  # with --between
 PROMPTS = (((8192, 0),), ((512, 0),) * 16, ((2048, 30000),))  # new and cached tokens of each request of a step
 PAGE, CALLS, MOST = 16, 12, 33000
-# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares.
+# Forms to choose from, besides those that serve: parts, scorers, summers, carriers, apart, shares, late.
 MORE = {
     "128": (
-        *((1, 4, 2, 2, False, 2), (1, 4, 2, 4, False, 1), (1, 4, 4, 4, False, 2)),
-        *((2, 4, 2, 2, False, 1), (4, 3, 2, 4, False, 1), (8, 3, 1, 4, True, 1)),
+        *((1, 4, 2, 4, False, 2), (2, 3, 2, 3, False, 1), (4, 3, 2, 2, False, 1), (4, 3, 2, 6, False, 1)),
+        *((1, 4, 4, 2, False, 1, True), (1, 2, 4, 1, False, 1, True), (2, 4, 2, 2, False, 1, True)),
+        *((4, 3, 2, 2, False, 1, True), (8, 3, 1, 3, True, 1, True)),
     ),
     "64": ((1, 6, 4, 3, False, 1), (1, 6, 2, 6, False, 2), (4, 3, 1, 6, True, 1)),
     "256": ((1, 3, 2, 3, False, 1), (2, 2, 4, 4, False, 1), (4, 2, 2, 8, False, 1), (8, 2, 1, 4, True, 1)),
@@ -185,7 +187,7 @@ def times(case, keep, end, all_forms, cold) -> None:
 
     heads, key_heads, size = CASES[case]
     eighth, scales = torch.float8_e4m3fn, (torch.ones((), device="cuda").expand(key_heads),) * 2
-    for number, context in LOADS:
+    for number, context in (*LOADS, *(MORE_LOADS if cold else ())):
         blocks = -(-context // PAGE)
         table = torch.randperm(number * blocks, device="cuda").to(torch.int32).view(number, blocks)
         q = torch.randn(number, heads, size, device="cuda", dtype=torch.bfloat16)

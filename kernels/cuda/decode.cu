@@ -25,7 +25,8 @@
 // PARTS columns of V. A store to another block counts its bytes at that block's mbarrier, so no fence is needed.
 //
 // Compiled for HEAD (64, 128, 256), TILE, PARTS (1, 2, 4, 8), HALVES (1, 2: 8 or 16 rows), SCORERS, SUMMERS, CARRIERS,
-// APART (where the summers are), EIGHTHS (0, 1) and, of EIGHTHS, SHARES: the carriers that share a tile.
+// APART (where the summers are), EIGHTHS (0, 1) and LATE; of EIGHTHS, SHARES: the carriers that share a tile. LATE is 1
+// where the slots hold V's e4m3 bytes, which the summers convert between their products; else the carriers convert them.
 // Limits: sm_80 or later, clusters sm_90 or later, EIGHTHS sm_89 or later; at most 16 query heads per key head; pages of
 // a power of two of tokens, at least 16; no sliding window, softcap, sinks or ALiBi.
 
@@ -44,7 +45,10 @@ constexpr int TAKEN = 2 / HALVES;  // steps per load of weights
 constexpr int LOADS = (STEPS + TAKEN - 1) / TAKEN;  // per tile; half of the last load may be zeros
 // A scorer reads its own numbers while it writes those of the next scorer, which another block may hold.
 static_assert(RING > 1);
-#if EIGHTHS
+#if LATE
+static_assert(EIGHTHS && SHARES == 1 && STEPS % 2 == 0 && VALUE_PIECES % 2 == 0 && OWN % 2 == 0);
+constexpr int TEAMS = CARRIERS, FILLS = 33, KEY_BYTES = TILE * HEAD;
+#elif EIGHTHS
 constexpr int TEAMS = CARRIERS / SHARES, SHARE = GROUPS / SHARES;  // teams of carriers; groups of a carrier's share
 constexpr int UNDER_WAY = RING / TEAMS < 6 ? RING / TEAMS : 6;  // tiles that a team copies at once, at most
 constexpr int FILLS = SHARES + 1;  // arrivals that fill a slot: of the carriers of V, and 1 of the weights
@@ -58,6 +62,8 @@ constexpr int PRODUCTS = HEAD / 16 * STEPS;  // pairs of products of a tile's sc
 #endif
 static_assert(RING % TEAMS == 0);  // each slot has one team of carriers, which waits for the slot's phases in turn
 
+constexpr int SLOT_PIECES = LATE ? VALUE_PIECES / 2 : VALUE_PIECES;  // pieces of 16 bytes in a row of a slot
+
 // One scorer's shared memory.
 struct alignas(128) Scorer {
   unsigned char keys[KEY_BYTES];
@@ -67,7 +73,7 @@ struct alignas(128) Scorer {
 
 // One tile's inputs for the summers of a block.
 struct alignas(128) Slot {
-  unsigned char values[TILE * VALUE_PIECES * 16];
+  unsigned char values[TILE * SLOT_PIECES * 16];
   u32 weights[LOADS][32][4];  // per lane, in the layout of multiply_add's b: of each step, halves of rows by eights of keys
   float shrinks[ROWS];        // the tile's rescale factors for earlier sums
   i64 full, empty;            // mbarriers: slot filled; slot free
@@ -111,7 +117,116 @@ DEVICE void copy_keys(const Cache& cache, int i, i64 located, unsigned char* to)
 #endif
 }
 
-#if EIGHTHS
+#if LATE
+// The scores of a tile whose keys are e4m3. A matrix of eight keys and 16 bytes gives a lane four bytes that lie side by
+// side, 4 t to 4 t + 3 of a key's step, and the queries lie the same way: Hopper adds a step's 16 products at once. The
+// loop is short for the instruction cache, which other kernels of a model fill in the meantime, and as registers cannot be
+// chosen by a number, the queries lie in shared memory. halves: queries are in fp16, which holds every e4m3 number.
+template <bool scaled, bool halves>
+DEVICE void multiply_words(float (&s)[2 * STEPS][4], const unsigned char* keys, float scale) {
+  constexpr int PIECES = HEAD / 16, TURNED = PIECES < 8 ? PIECES : 8;  // pieces of a key; those that change places
+  constexpr int LOADS_OF_STEP = TILE / 32;
+  const int lane = thread() % 32, own = keep(place(lane, PIECES, 0));
+  u32 words[2][LOADS_OF_STEP][4];
+  const auto load = [&](u32 (&to)[LOADS_OF_STEP][4], int step) {
+    const unsigned char* const at = keys + (own ^ step % TURNED * 16) + step / TURNED * 128;
+#pragma unroll
+    for (int n = 0; n < LOADS_OF_STEP; ++n) load_matrices(to[n], at + n * 32 * PIECES * 16);
+  };
+  const auto convert = [&](u32 (&to)[4][2], const u32 (&from)[4]) {
+#pragma unroll
+    for (int eight = 0; eight < 4; ++eight) {
+      if (halves) unpack_eighths(from[eight], to[eight][0], to[eight][1]);
+      else round_word<scaled>(from[eight], scale, to[eight][0], to[eight][1]);
+    }
+  };
+  load(words[0], 0);
+#pragma unroll 1
+  for (int begin = 0; begin < HEAD / 16; begin += 2) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int step = begin + odd;
+      u32 queries[4], b[2][4][2];
+#pragma unroll
+      for (int part = 0; part < 4; ++part) queries[part] = memory().queries[step][lane][part];
+      load(words[1 - odd], step + 1 < HEAD / 16 ? step + 1 : step);  // at the end, read in vain
+      convert(b[0], words[odd][0]);
+#pragma unroll
+      for (int n = 0; n < LOADS_OF_STEP; ++n) {
+        if (n + 1 < LOADS_OF_STEP) convert(b[(n + 1) % 2], words[odd][n + 1]);
+#pragma unroll
+        for (int eight = 0; eight < 4; ++eight) {
+          float(&sums)[4] = s[n * 4 + eight];
+          const u32(&pair)[2] = b[n % 2][eight];
+          if (halves) multiply_add_halves(sums, queries, pair[0], pair[1]);
+          else multiply_add(sums, queries, pair[0], pair[1]);
+        }
+      }
+    }
+  }
+}
+
+// Stores the queries for multiply_words, and returns the scale of the softmax for their scores. halves: whether K's scale
+// is 1, and fp16 holds all queries. Then keys need one instruction for two elements, and products and sums are the same
+// numbers, times a power of 2. bf16 queries get a shift of their exponents, which the returned scale takes back. fp16 holds
+// them if all, but zeros, are then in its normal range: below it, the instruction might align products in another way. The
+// bounds of the exponents keep sums and scales in fp32's normal range. All scorers of a cluster find the same.
+DEVICE float store_queries(const Work& work, bool& halves) {
+  constexpr int LARGEST = 142, SPAN = 29;  // the exponent of the largest fp16 number; normal exponents below it
+  const int lane = thread() % 32, g = lane / 4, t = lane % 4;
+  u32 words[HEAD / 16][4];
+  int most = 0;  // exponent of a query
+#pragma unroll
+  for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      const int row = g + 8 * (part & 1), d = 16 * i + 4 * t + 2 * (part >> 1);
+      const bool there = (part & 1) < HALVES && row < work.group;
+      words[i][part] = there ? *reinterpret_cast<const u32*>(work.q + row * work.q_head + d) : 0;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int exponent = words[i][part] >> 16 * e + 7 & 255;
+        most = exponent > most ? exponent : most;
+      }
+    }
+  }
+  float by = 1.f;
+  halves = work.k_scale == 1.f;
+#if BRAIN
+  most = greatest(most);
+  halves = halves && most >= 64 && most <= 190;
+  int unfit = 0;
+#pragma unroll
+  for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const u32 query = words[i][n / 2] >> n % 2 * 16 & 0x7fff;
+      if (query && static_cast<int>(query >> 7) < most - SPAN) unfit = 1;
+    }
+  }
+  if (greatest(unfit)) halves = false;
+  if (halves) {
+    const int shift = LARGEST - most;
+    by = float_of(127 - shift << 23);
+    const float up = float_of(127 + shift << 23);
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const u32 pair = words[i][part];
+        words[i][part] = halves_of(float_of(pair << 16) * up, float_of(pair & 0xffff0000) * up);
+      }
+    }
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < HEAD / 16; ++i) {
+#pragma unroll
+    for (int part = 0; part < 4; ++part) memory().queries[i][lane][part] = words[i][part];
+  }
+  return work.scale * by;
+}
+#elif EIGHTHS
 // The lower two bytes of words[0] and [1], then of [2] and [3]: elements 2 t and 2 t + 1, then 2 t + 8 and 2 t + 9 of a
 // key's step, of two eights of keys, as the instruction takes these elements. at: of this lane's first key and the step.
 DEVICE void load_pairs(u32 (&words)[4], const unsigned char* at, int pair) {
@@ -171,6 +286,11 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   end_group();
   int next_page = find_page(cache, mine + RING, RING);
 
+#if LATE
+  bool halves;
+  const float scale = store_queries(work, halves);
+#else
+  const float scale = work.scale;
 #if EIGHTHS
   auto& queries = memory().queries;  // all scorers store the same, and a lane loads what the lane stored
   const u32 zero = 0;
@@ -192,6 +312,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 #endif
     }
   }
+#endif
 #if !EIGHTHS
   // Offset of this lane's row of K. The row 16 further is a constant away; other pieces differ by an exclusive or.
   const int k_row = place(8 * (lane / 16) + lane % 8, KEY_PIECES, lane / 8 % 2);
@@ -207,7 +328,11 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
     together();
 
     float s[2 * STEPS][4] = {};
-#if EIGHTHS
+#if LATE
+    if (halves) multiply_words<false, true>(s, own.keys, 1.f);
+    else if (work.k_scale == 1.f) multiply_words<false, false>(s, own.keys, 1.f);
+    else multiply_words<true, false>(s, own.keys, work.k_scale);
+#elif EIGHTHS
     if (work.k_scale == 1.f) multiply_keys<false>(s, own.keys, work.k_scale);
     else multiply_keys<true>(s, own.keys, work.k_scale);
 #else
@@ -259,7 +384,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
       const int row = 8 * half + g;
       const float before = i > 0 ? own.peaks[row] : LOWEST;
       most[half] = fmaxf(most[half], before);
-      by[half] = i > 0 ? power_of_2((before - most[half]) * work.scale) : 1.f;
+      by[half] = i > 0 ? power_of_2((before - most[half]) * scale) : 1.f;
     }
     if (i + 1 < work.tiles) {
       together();  // all lanes have read own.peaks, which may change once the new peaks are sent
@@ -278,11 +403,11 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       // In the first tile, a row whose scores are all minus infinity gets weights of zero, not NaN.
-      const float scaled = i == 0 && most[half] == LOWEST ? 0.f : most[half] * work.scale;
+      const float scaled = i == 0 && most[half] == LOWEST ? 0.f : most[half] * scale;
 #pragma unroll
       for (int j = 0; j < 2 * STEPS; ++j) {
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) s[j][e] = power_of_2(fmaf(s[j][e], work.scale, -scaled));
+        for (int e = 2 * half; e < 2 * half + 2; ++e) s[j][e] = power_of_2(fmaf(s[j][e], scale, -scaled));
       }
     }
     if (i >= RING) wait(PARTS == 1 ? &slot.empty : &own.cleared, phase_of(i - RING));
@@ -364,7 +489,7 @@ DEVICE void score(const Work& work, const Cache& cache, int warp) {
   }
 }
 
-#if EIGHTHS
+#if EIGHTHS && !LATE
 // Carrier `warp` of the block: its team has every TEAMS-th tile, and the carrier SHARE groups of each tile's keys. Copies
 // V's bytes to the tile's slot once that is free, and converts a tile while the next tile's bytes arrive. The first
 // carrier of a team tells the tile's scorer, as below.
@@ -421,7 +546,7 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
 // scorer. Summers tell nobody in other blocks: such a message could overtake their loads.
 DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
   bool began = false;
-  const unsigned char* const from = cache.k + cache.to_v + work.part * VALUE_PIECES * 16;
+  const unsigned char* const from = cache.k + cache.to_v + work.part * SLOT_PIECES * 16;
   int next_page = find_page(cache, warp, CARRIERS);
   for (int first = warp; first < work.tiles; first += FOUND * CARRIERS) {
     const i64 located = locate(cache, first, CARRIERS, next_page);
@@ -438,7 +563,11 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
         arrive_at(&memory().scorers[i % RING % SCORERS].cleared, i % RING / SCORERS, first);
       }
       together();
-      copy_tile<VALUE_PIECES>(cache, from, i, located, GROUPS * n, slot.values);
+#if LATE
+      if constexpr (SLOT_PIECES == 1) copy_column(cache, from, i, located, GROUPS * n, slot.values);
+      else
+#endif
+      copy_tile<SLOT_PIECES>(cache, from, i, located, GROUPS * n, slot.values);
       arrive_when_copied(&slot.full);
     }
   }
@@ -448,11 +577,17 @@ DEVICE void carry_values(const Work& work, const Cache& cache, int warp) {
 }
 #endif
 
-// A tile's inputs in the registers of a summer's lane.
+constexpr int KEPT = LATE ? 2 : 1;  // steps whose values lie in one load of a summer's
+typedef u32 Step[OWN / 2][4];       // a step's values, as multiply_add takes them
+
+// A tile's inputs in the registers of a summer's lane. LATE: the values' bytes, of two keys and two columns a word.
 struct Taken {
-  u32 weights[LOADS][4], values[STEPS][OWN / 2][4];
+  u32 weights[LOADS][4], values[STEPS / KEPT][OWN / 2][4];
   float by[HALVES][2];
   int slot;
+#if LATE
+  Step first;  // the first step's values
+#endif
 };
 
 // A summer's next slot, the parity of its phase, whether the slot is known to be full, and the offset of this lane's
@@ -481,11 +616,11 @@ DEVICE void take(Taken& taken, Turn& turn) {
     for (int part = 0; part < 4; ++part) taken.weights[load][part] = slot.weights[load][lane][part];
   }
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
+  for (int step = 0; step < STEPS / KEPT; ++step) {
 #pragma unroll
     for (int pair = 0; pair < OWN / 2; ++pair) {
       const unsigned char* const values = slot.values + step * 16 * VALUE_PIECES * 16;
-      load_matrices_transposed(taken.values[step][pair], values + (turn.v_row ^ pair * 32));
+      load_matrices_transposed(taken.values[step][pair], values + (turn.v_row ^ pair * (LATE ? 16 : 32)));
     }
   }
 }
@@ -521,48 +656,104 @@ DEVICE void shrink(Sums& o, const Taken& taken) {
   }
 }
 
+#if LATE
+// A step's values in 16 bits. A loaded word has columns 2 g and 2 g + 1 of keys 2 t, then of 2 t + 1: bytes change places.
+template <bool scaled>
+DEVICE void widen_step(Step& to, const Taken& taken, int step, float scale) {
+#pragma unroll
+  for (int pair = 0; pair < OWN / 2; ++pair) {
+#pragma unroll
+    for (int eight = 0; eight < 2; ++eight) {
+      const u32 word = chosen_bytes(taken.values[step / 2][pair][step % 2 * 2 + eight], 0x3120);
+      round_word<scaled>(word, scale, to[pair][2 * eight], to[pair][2 * eight + 1]);
+    }
+  }
+}
+#endif
+
 // Adds a step of 16 keys. after: zero, of values that must be there first.
-DEVICE void add_step(Sums& o, const Taken& taken, int step, u32 after) {
+template <class Values>
+DEVICE void add_step(Sums& o, const Taken& taken, const Values& values, int step, u32 after) {
   const u32* const w = taken.weights[step / TAKEN] + step % TAKEN * 2;
 #pragma unroll
   for (int pair = 0; pair < OWN / 2; ++pair) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      multiply_add(o[pair][half], taken.values[step][pair], w[half] | after, w[HALVES + half]);
+      multiply_add(o[pair][half], values[pair], w[half] | after, w[HALVES + half]);
     }
   }
 }
 
 // Adds a tile and frees its slot. `next`, if any, gets the next tile between the additions: these depend on each other and
 // leave time. Later additions depend on its loads, as the compiler would load last, and then wait before the next branch.
-template <bool ahead>
+template <bool ahead, bool scaled>
 DEVICE void add(Sums& o, const Taken& taken, Taken& next, const Work& work, Turn& turn) {
   u32 loads = 0;
   if (ahead) {
     take(next, turn);
 #pragma unroll
-    for (int pair = 0; pair < OWN / 2; ++pair) loads |= next.values[STEPS - 1][pair][3];
+    for (int pair = 0; pair < OWN / 2; ++pair) loads |= next.values[STEPS / KEPT - 1][pair][3];
     loads |= next.weights[LOADS - 1][3];
   }
+#if LATE
+  Step values[2];
+#endif
   shrink(o, taken);
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     u32 after = 0;
     if (ahead && step == STEPS - 3) after = loads & hidden_zero(work);
     if (ahead && step == STEPS - 1) after = turn.full & hidden_zero(work);
-    add_step(o, taken, step, after);
+#if LATE
+    if (step + 1 < STEPS) widen_step<scaled>(values[(step + 1) % 2], taken, step + 1, work.v_scale);
+    else if (ahead) widen_step<scaled>(next.first, next, 0, work.v_scale);
+    add_step(o, taken, step ? values[step % 2] : taken.first, step, after);
+#else
+    add_step(o, taken, taken.values[step], step, after);
+#endif
     if (PARTS > 1 && step == 1) free(taken, work);
     if (ahead && step == STEPS - 4) turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
   }
 }
 
 // Adds tile i - 1 and takes tile i, at the same time if the latter waits in its slot.
+template <bool scaled>
 DEVICE void add_and_take(Sums& o, const Taken& taken, Taken& next, const Work& work, int i, Turn& turn) {
-  if (turn.full) return add<true>(o, taken, next, work, turn);
-  add<false>(o, taken, next, work, turn);
+  if (turn.full) return add<true, scaled>(o, taken, next, work, turn);
+  add<false, scaled>(o, taken, next, work, turn);
   if (i == work.tiles) return;
   take(next, turn);
+#if LATE
+  widen_step<scaled>(next.first, next, 0, work.v_scale);
+#endif
   turn.full = is_over(&memory().slots[turn.slot].full, turn.phase);
+}
+
+// Adds all tiles to a summer's columns of the output.
+template <bool scaled>
+DEVICE void add_all(Sums& o, Taken& now, const Work& work, Turn& turn) {
+  if (PARTS == 1) {
+    for (int i = 0; i < work.tiles; ++i) {
+      take(now, turn);
+#if LATE
+      widen_step<scaled>(now.first, now, 0, work.v_scale);
+#endif
+      free(now, work);
+      add<false, scaled>(o, now, now, work, turn);
+    }
+  } else {
+    Taken then;  // the next tile, loaded while this tile is added: in a cluster every tile waits for the previous tile
+    if (work.tiles > 0) {
+      take(now, turn);
+#if LATE
+      widen_step<scaled>(now.first, now, 0, work.v_scale);
+#endif
+    }
+    for (int i = 0; i < work.tiles;) {
+      add_and_take<scaled>(o, now, then, work, ++i, turn);
+      if (i < work.tiles) add_and_take<scaled>(o, then, now, work, ++i, turn);
+    }
+  }
 }
 
 // Summer `warp` of the block: adds all tiles to its columns of the output, divides by the sum, and stores them.
@@ -570,22 +761,16 @@ DEVICE void sum_values(const Work& work, int warp) {
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
   Sums o = {};
   Taken now;
+#if LATE
+  Turn turn{0, 0, keep(place(lane, SLOT_PIECES, warp * OWN / 2)), false};
+  all_began();
+  if (work.v_scale == 1.f) add_all<false>(o, now, work, turn);
+  else add_all<true>(o, now, work, turn);
+#else
   Turn turn{0, 0, keep(place(8 * (lane / 16) + lane % 8, VALUE_PIECES, warp * OWN + lane / 8 % 2)), false};
   all_began();
-  if (PARTS == 1) {
-    for (int i = 0; i < work.tiles; ++i) {
-      take(now, turn);
-      free(now, work);
-      add<false>(o, now, now, work, turn);
-    }
-  } else {
-    Taken then;  // the next tile, loaded while this tile is added: in a cluster every tile waits for the previous tile
-    if (work.tiles > 0) take(now, turn);
-    for (int i = 0; i < work.tiles;) {
-      add_and_take(o, now, then, work, ++i, turn);
-      if (i < work.tiles) add_and_take(o, then, now, work, ++i, turn);
-    }
-  }
+  add_all<false>(o, now, work, turn);
+#endif
   if (work.tiles > 0) wait(&memory().done, 0);
 #pragma unroll
   for (int half = 0; half < HALVES; ++half) {
@@ -595,13 +780,13 @@ DEVICE void sum_values(const Work& work, int warp) {
       if (row >= work.group) continue;
       const float total = work.tiles > 0 ? memory().totals[row] : 0.f;
       const float part = total == 0.f || total != total ? 0.f : reciprocal(total);
-      u16* const to = work.out + row * work.o_head + work.part * COLUMNS + warp * OWN * 8 + g;
+      u16* const to = work.out + row * work.o_head + work.part * COLUMNS + warp * OWN * 8 + g * KEPT;
 #pragma unroll
       for (int pair = 0; pair < OWN / 2; ++pair) {
 #pragma unroll
         for (int eight = 0; eight < 2; ++eight) {
           const float value = o[pair][half][2 * eight + e] * part;
-          to[pair * 16 + eight * 8] = static_cast<u16>(round_pair(value, value));
+          to[pair * 16 + eight * (LATE ? 1 : 8)] = static_cast<u16>(round_pair(value, value));
         }
       }
     }

@@ -54,7 +54,8 @@ class Form(NamedTuple):
 
     group: query heads per key head. parts: blocks of a cluster. scorers, summers, carriers: warps of a block that
     score, sum V and copy V. apart: the summers, at most two, have a quarter of the multiprocessor alone. shares: 0 for
-    a 16-bit cache; for an e4m3 cache, the carriers that share a tile.
+    a 16-bit cache; for an e4m3 cache, the carriers that share a tile. late: the summers convert an e4m3 cache's V, and
+    not the carriers; then a tile has one carrier.
     """
 
     head_size: int
@@ -65,6 +66,7 @@ class Form(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
+    late: bool = False
 
     @property
     def halves(self) -> int:
@@ -84,6 +86,8 @@ class Form(NamedTuple):
     def defines(self) -> dict[str, int]:
         """The preprocessor macros of decode.cu."""
         own = {"EIGHTHS": 1, "SHARES": self.shares} if self.shares else {"EIGHTHS": 0}
+        if self.late and self.parts == 1:
+            own["RESIDENT"] = 2  # blocks of a multiprocessor
         return own | {
             "HEAD": self.head_size,
             "TILE": self.tile,
@@ -93,6 +97,7 @@ class Form(NamedTuple):
             "SUMMERS": self.summers,
             "CARRIERS": self.carriers,
             "APART": int(self.apart),
+            "LATE": int(self.late),
         }
 
     @property
@@ -106,7 +111,7 @@ class Form(NamedTuple):
         bytes at the end."""
         keys = self.tile * (1 if self.shares else 2) * self.head_size + 5 * GROUP * 4 + 3 * 8
         loads = -(-self.tile // (32 // self.halves))
-        slot = self.tile * 2 * self.columns + loads * 512 + GROUP * 4 + 2 * 8
+        slot = self.tile * (1 if self.late else 2) * self.columns + loads * 512 + GROUP * 4 + 2 * 8
         queries = self.head_size * 32 if self.shares else 0
         return self.scorers * (-(-keys // 128) * 128 + self.parts * (-(-slot // 128) * 128)) + queries + 128
 
@@ -121,6 +126,7 @@ class Choice(NamedTuple):
     carriers: int
     apart: bool = False
     shares: int = 0
+    late: bool = False
 
 
 # By a GPU's measurements (docs/log/hopper.md): head size -> eights of query rows -> forms for Hopper and later.
@@ -148,8 +154,8 @@ _EIGHTHS: dict[int, dict[int, tuple[Choice, ...]]] = {
     },
     128: {
         1: (
-            *(Choice(4096, 4, 3, 2, 6, False, 1), Choice(0, 4, 3, 2, 2, False, 1)),
-            *(Choice(0, 2, 3, 2, 3, False, 1), Choice(0, 1, 4, 2, 4, False, 2)),
+            *(Choice(8192, 8, 2, 1, 2, True, 1, True), Choice(0, 4, 4, 2, 2, False, 1, True)),
+            *(Choice(0, 2, 4, 4, 2, False, 1, True), Choice(0, 1, 3, 4, 1, False, 1, True)),
         ),
         2: (
             *(Choice(4096, 8, 2, 1, 4, True, 1), Choice(0, 4, 2, 2, 2, False, 1)),
@@ -205,7 +211,9 @@ def choose(pairs: int, longest: int, given: Mapping[Form, int], at_once: Mapping
 def build(form: Form, dtype: torch.dtype, arch: str, major: int) -> bytes:
     """Compile a cubin for `arch` (e.g. sm_90) with NVRTC of CUDA `major`. Raises nvrtc.CompileError."""
     source = nvrtc.source("primitives.h", "paged.h", "eighths.h", "decode.cu")
-    defines = form.defines() | {"INPUT": f'"{_INPUTS[_name(dtype)]}"', "CONTRACT": _CONTRACT}
+    name = _name(dtype)
+    own = {"INPUT": f'"{_INPUTS[name]}"', "BRAIN": int(name == "bfloat16"), "CONTRACT": _CONTRACT}
+    defines = form.defines() | own
     return nvrtc.compile(source, arch, defines, major)
 
 

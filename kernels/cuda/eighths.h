@@ -1,10 +1,24 @@
 // Pages of e4m3, one byte an element, for kernels that compute in 16 bits. An element stands for fp32(element) * scale,
 // rounded to nearest even in fp32, then in 16 bits.
 //
-// Rows of a tile come in two steps, to the place of their 16-bit rows. copy_eighths copies the bytes to the second half of
-// the place, asynchronously. Once they are there, widen_rows converts them from the first row on: 16-bit rows never reach
-// bytes that nobody has loaded, because they grow twice as fast from half as far. So this takes no more shared memory than
-// 16-bit pages.
+// Where LATE is 1, bytes stay bytes in shared memory. Else rows of a tile come in two steps, to the place of their 16-bit
+// rows. copy_eighths copies the bytes to the second half of the place, asynchronously. Once they are there, widen_rows
+// converts them from the first row on: 16-bit rows never reach bytes that nobody has loaded, because they grow twice as
+// fast from half as far. So this takes no more shared memory than 16-bit pages.
+
+#if LATE
+// copy_tile for rows of one piece, two groups at a time.
+DEVICE void copy_column(const Cache& cache, const unsigned char* from, int i, i64 located, int lane, unsigned char* to) {
+  static_assert(GROUPS % 2 == 0);
+  const int row = thread() % 32, left = cache.length - begin_of(cache, i);
+  from += row % GROUP * cache.token_stride;
+#pragma unroll
+  for (int group = 0; group < GROUPS; group += 2) {
+    const int key = GROUP * group + row;
+    copy_16(to + key * 16, from + from_lane(located, lane + group + row / GROUP), key < left);
+  }
+}
+#endif
 
 #if EIGHTHS
 struct alignas(8) Eight {
@@ -57,6 +71,20 @@ DEVICE u32 round_eighths(u32 pair, float scale) {
   float low, high;
   widen_eighths(pair, low, high);
   return scaled ? round_pair(times_unflushed(low, scale), times_unflushed(high, scale)) : round_pair(low, high);
+}
+
+// The four elements of a word, scaled and rounded: those of the lower bytes, then of the upper bytes.
+template <bool scaled>
+DEVICE void round_word(u32 word, float scale, u32& low, u32& high) {
+  u32 halves[2];
+  unpack_eighths(word, halves[0], halves[1]);
+  u32* const to[2] = {&low, &high};
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float first, second;
+    widen_halves(halves[n], first, second);
+    *to[n] = scaled ? round_pair(times_unflushed(first, scale), times_unflushed(second, scale)) : round_pair(first, second);
+  }
 }
 
 template <int pieces, int rows, bool scaled>

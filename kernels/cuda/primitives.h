@@ -112,6 +112,28 @@ DEVICE void widen_eighths(u32 pair, float& low, float& high) {
       : "=f"(low), "=f"(high)
       : "r"(pair));
 }
+
+// The four bytes of a word as e4m3 elements, in fp16: exact, and NaN stays NaN.
+DEVICE void unpack_eighths(u32 word, u32& low, u32& high) {
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+}
+
+// A pair of fp16 elements in fp32.
+DEVICE void widen_halves(u32 pair, float& low, float& high) {
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+
+// Rounds two floats to fp16; `low` goes to the lower half.
+DEVICE u32 halves_of(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 #endif
 
 // A 16-bit element as fp32. BRAIN: whether it is bf16.
@@ -352,6 +374,16 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#if EIGHTHS
+// The same of fp16 elements, whatever INPUT is.
+DEVICE void multiply_add_halves(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 
 // The same without sums before it: d = a b.
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -35,13 +35,18 @@ def test_certificate_over_an_e4m3_cache(size, heads, key_heads, dtype, tmp_path)
     assert attention.serves(problem)
 
 
-CACHES = pytest.mark.parametrize("held", [torch.bfloat16, torch.float8_e4m3fn], ids=["16 bits", "e4m3"])
+EIGHTHS = torch.float8_e4m3fn
+# The type of a cache, and the scales of K and V.
+CACHES = pytest.mark.parametrize(
+    "held, scales",
+    [(torch.bfloat16, None), (EIGHTHS, (0.7, 1.3)), (EIGHTHS, (1.0, 1.0)), (EIGHTHS, (1.0, 1.3))],
+    ids=["16 bits", "e4m3", "e4m3, scales of 1", "e4m3, K's scale of 1"],
+)
 
 
-def scales_of(held):
-    """The scales of K and V that a call gets, one for all heads."""
-    made = (torch.full((), x, device="cuda").expand(8) for x in (0.7, 1.3))
-    return {"scales": tuple(made)} if held.itemsize == 1 else {}
+def scales_of(scales):
+    """The scales that a call gets, one for all heads."""
+    return {"scales": tuple(torch.full((), x, device="cuda").expand(8) for x in scales)} if scales else {}
 
 
 def requests(number, size, page, blocks, held=torch.bfloat16):
@@ -67,15 +72,15 @@ def forget(k, v, pages, lengths):
 
 
 @CACHES
-@pytest.mark.parametrize("page", [16, 128, 1024])
-def test_rows_of_any_batch_through_a_graph(page, held):
+@pytest.mark.parametrize("page, size", [(16, 64), (128, 128), (1024, 64)])
+def test_rows_of_any_batch_through_a_graph(page, size, held, scales):
     """Each replay of one graph has requests of other lengths; one request has length 0, one has no query token."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(page)
-    number, size, most = 40, 64, 3000
+    number, most = 40, 3000
     q, k, v, starts, pages = requests(number, size, page, -(-most // page), held)
-    more = scales_of(held)
+    more = scales_of(scales)
     starts[-1] = number - 1
     lengths = torch.full((number,), 5, device="cuda", dtype=torch.int32)
     out, forms = torch.zeros_like(q), decode.serving(32, 8, size, q.dtype, 0, bool(more))
@@ -107,14 +112,14 @@ def test_rows_of_any_batch_through_a_graph(page, held):
 
 @CACHES
 @pytest.mark.parametrize("size, number", [(64, 4), (128, 2), (256, 1)])
-def test_long_requests_while_memory_is_busy(size, number, held):
+def test_long_requests_while_memory_is_busy(size, number, held, scales):
     """While memory is busy, messages between the blocks of a cluster overtake copies. The bits must not change."""
     from bi_patch.kernels.cuda import decode
 
     torch.manual_seed(size)
     page, blocks = 16, 2000
     q, k, v, starts, pages = requests(number, size, page, blocks, held)
-    more = scales_of(held)
+    more = scales_of(scales)
     lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
     want = torch.empty_like(q)
     forms = decode.serving(32, 8, size, q.dtype, 0, bool(more))
@@ -124,3 +129,26 @@ def test_long_requests_while_memory_is_busy(size, number, held):
         for out in outs:
             decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=form, **more)
         assert sum(not torch.equal(out, want) for out in outs) == 0, form
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_query_that_fp16_does_not_hold_changes_no_other_bit(size):
+    """A head's bits are the same beside a head for which products are of bf16 numbers, over every e4m3 number."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(size)
+    number, page, blocks = 8, 16, 300
+    q, k, _, starts, pages = requests(number, size, page, blocks, EIGHTHS)
+    raw = torch.randint(0, 256, (number * blocks, page, 8, 2 * size), device="cuda", dtype=torch.uint8)
+    raw[(raw & 127) == 127] = 0  # not NaN
+    k, v = raw.view(EIGHTHS).split(size, dim=-1)
+    q[:4] *= torch.exp2(torch.randint(-25, 3, q[:4].shape, device="cuda"))
+    lengths = torch.arange(1, number + 1, device="cuda", dtype=torch.int32) * 599
+    others = q.clone()
+    others[:, ::4, 7] = 2.0**-90
+    for form in decode.serving(32, 8, size, q.dtype, 0, True):
+        outs = [torch.empty_like(q) for _ in range(2)]
+        for given, out in zip((q, others), outs):
+            decode.attend(given, k, v, out, starts, lengths, pages, 1e-3, form=form, **scales_of((1.0, 1.0)))
+        for head in (1, 2, 3):
+            assert torch.equal(*(out[:, head::4] for out in outs)), form

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 OPERATION = "cuda.decode_attention"
-DATA = "beginnings of one prompt, flat scores in small pages, peaked scores in large ones, several tokens, none"
+DATA = (
+    "beginnings of one prompt, flat and peaked scores, small and large pages, several tokens, none, two kinds of scales"
+)
 # Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
 # The longest query of a step that checks drafts, and that the bundled kernel may serve.
@@ -130,9 +132,10 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
-    # Scales of an e4m3 cache, each head's own, and neither exact in 16 bits nor powers of 2.
+    # Scales of an e4m3 cache: each head's own, neither exact in 16 bits nor powers of 2; then 1, with code of its own.
     scales = tuple(torch.linspace(*ends, key_heads, device="cuda") for ends in ((0.3, 1.7), (1.1, 0.2)))
-    more, kept = ({}, dtype) if cache is None else ({"scales": scales}, cache)
+    ones = (torch.ones(key_heads, device="cuda"),) * 2
+    kinds, kept = ([{}], dtype) if cache is None else ([{"scales": scales}, {"scales": ones}], cache)
 
     def layouts():
         """The prompt's q, k and v in random pages: small pages of K and of V, and large pages that hold K and V side
@@ -145,7 +148,10 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
                 k, v = (random(blocks, page, key_heads, size).to(kept) for _ in range(2))
             else:
                 k, v = random(blocks, key_heads, page, 2 * size).to(kept).transpose(1, 2).split(size, dim=-1)
-            yield what, (random(_PROMPT, heads, size) * factor).contiguous(), k, v, pages, scale
+            q = (random(_PROMPT, heads, size) * factor).contiguous()
+            if cache is not None and what == "large":
+                q[::3, :, 5] *= 2.0**-40  # such a query does not fit into fp16 beside others
+            yield what, q, k, v, pages, scale
 
     def ints(values):
         return torch.tensor(values, dtype=torch.int32, device="cuda")
@@ -155,12 +161,13 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
     rows = ints([*(length - 1 for length in known), *range(_PROMPT - _SEVERAL, _PROMPT)]).long()
     starts, lengths = ints([*range(number + 1), len(rows), len(rows)]), ints([*known, _PROMPT, 1])
     for what, q, k, v, pages, scale in layouts():
-        want = prefill(q, k, v, pages, scale, **more)[rows]
         held = pages.expand(len(lengths), -1)
-        for form in decode.serving(heads, key_heads, size, dtype, device, cache is not None):
-            got = torch.empty_like(want)
-            decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form, **more)
-            wrong = bits.differing(got, want)
-            said = f"{what} scores, {form.parts} parts: {wrong} of {got.numel()} elements differ from prefill"
-            tally.add(got.numel(), wrong, said)
+        for more in kinds:
+            want = prefill(q, k, v, pages, scale, **more)[rows]
+            for form in decode.serving(heads, key_heads, size, dtype, device, cache is not None):
+                got = torch.empty_like(want)
+                decode.attend(q[rows], k, v, got, starts, lengths, held, scale, form=form, **more)
+                wrong = bits.differing(got, want)
+                said = f"{what} scores, {form.parts} parts: {wrong} of {got.numel()} elements differ from prefill"
+                tally.add(got.numel(), wrong, said)
     return tally.certificate(key, "bundled decode")

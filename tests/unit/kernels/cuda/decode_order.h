@@ -11,7 +11,11 @@ extern "C" void in_order(const float* q, const float* k, const float* v, float* 
     float p[TILE], peak = most;
     for (int key = 0; key < TILE; ++key) {
       p[key] = 0.f;
-      for (int d = 0; d < HEAD && begin + key < length; ++d) p[key] += q[d] * k[(begin + key) * HEAD + d];
+      for (int n = 0; n < HEAD && begin + key < length; ++n) {
+        // LATE: the four lanes of a key take four neighbours each, two for each half of the instruction's 16 products.
+        const int d = LATE ? n / 16 * 16 + n % 8 / 2 * 4 + n % 16 / 8 * 2 + n % 2 : n;
+        p[key] += q[d] * k[(begin + key) * HEAD + d];
+      }
       if (begin + key >= length) p[key] = LOWEST;
       peak = fmaxf(peak, p[key]);
     }

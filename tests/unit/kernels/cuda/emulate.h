@@ -19,6 +19,9 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
 
+#ifndef BRAIN
+#define BRAIN 1  // elements of 16 bits are bf16
+#endif
 #define DEVICE static inline
 #define LOWEST (-INFINITY)
 #define KERNEL static void
@@ -251,6 +254,34 @@ DEVICE void widen_eighths(u32 pair, float& low, float& high) {
   high = widen_eighth(pair >> 8 & 255);
 }
 
+// fp16 of the normal range, zero and NaN: what e4m3 elements and the queries beside them need.
+DEVICE u32 half_of(float value) {
+  const u32 bits = bits_of(value), sign = bits >> 16 & 0x8000;
+  if (value != value) return 0x7fff;
+  if (value == 0.f) return sign;
+  const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
+  if (exponent < 1 || exponent > 30 || bits & 0x1fff) std::abort();  // not exact
+  return sign | exponent << 10 | (bits >> 13 & 0x3ff);
+}
+
+DEVICE float widen_half(u32 half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 0x3ff;
+  float value = exponent == 31 ? NAN : exponent ? ldexpf(1024.f + mantissa, exponent - 25) : 0.f;
+  return half & 0x8000 ? -value : value;
+}
+
+DEVICE u32 halves_of(float low, float high) { return half_of(low) | half_of(high) << 16; }
+
+DEVICE void widen_halves(u32 pair, float& low, float& high) {
+  low = widen_half(pair & 0xffff);
+  high = widen_half(pair >> 16);
+}
+
+DEVICE void unpack_eighths(u32 word, u32& low, u32& high) {
+  low = halves_of(widen_eighth(word & 255), widen_eighth(word >> 8 & 255));
+  high = halves_of(widen_eighth(word >> 16 & 255), widen_eighth(word >> 24));
+}
+
 DEVICE u32 load_pair(const void* at) {
   u16 pair;
   memcpy(&pair, at, 2);
@@ -344,7 +375,8 @@ DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
   w.together.arrive_and_wait();
 }
 
-DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+template <class Widen>
+DEVICE void multiply_add_of(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, Widen widened) {
   Warp& w = warp_of();
   const int lane = this_thread % LANES, g = lane / 4, t = lane % 4;
   memcpy(w.a[lane], a, 16);
@@ -356,11 +388,17 @@ DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     float sum = d[e];
     for (int k = 0; k < 16; ++k) {
       const int part = half + 2 * (k / 8), of = 4 * g + k % 8 / 2, shift = 16 * (k % 2);
-      sum += widen_bf16(w.a[of][part] >> shift) * widen_bf16(w.b[4 * column + k % 8 / 2][k / 8] >> shift);
+      sum += widened(w.a[of][part] >> shift & 0xffff) * widened(w.b[4 * column + k % 8 / 2][k / 8] >> shift & 0xffff);
     }
     d[e] = sum;
   }
   w.together.arrive_and_wait();
+}
+
+DEVICE void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply_add_of(d, a, b0, b1, widen_bf16); }
+
+DEVICE void multiply_add_halves(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  multiply_add_of(d, a, b0, b1, widen_half);
 }
 
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
