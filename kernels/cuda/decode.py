@@ -240,7 +240,7 @@ def attend(
     by default choose's choice. Neither changes a bit. Raises Unfit before any work if the kernel does not support a
     tensor.
     """
-    if problem := _unfit(q, k, v, out, starts, lengths, pages, scales):
+    if problem := _unfit(q, k, v, out, starts, lengths, pages, scale, scales):
         raise Unfit(f"decode: {problem}")
     import torch
 
@@ -267,7 +267,7 @@ def attend(
     kernel(form, q.dtype, q.device.index)((form.parts * key_heads, tokens), stream, arguments)
 
 
-def _unfit(q, k, v, out, starts, lengths, pages, scales) -> str:
+def _unfit(q, k, v, out, starts, lengths, pages, scale, scales) -> str:
     """Why the kernel does not support these arguments; empty if it does."""
     if not covers(q.shape[1], k.shape[2], q.shape[2], q.dtype, k.dtype) or v.dtype != k.dtype or out.dtype != q.dtype:
         cache = "" if k.dtype == q.dtype else f" with KV in {k.dtype}"
@@ -279,6 +279,9 @@ def _unfit(q, k, v, out, starts, lengths, pages, scales) -> str:
         or scales[0].stride() != scales[1].stride()
     ):
         return f"scales are not fp32 [{k.shape[2]}], laid out alike"
+    # Over e4m3, the kernel may multiply the softmax's scale by 2^-78 to 2^48, and flushes what leaves the normal range.
+    if scales is not None and not 2.0**-40 <= scale <= 2.0**40:
+        return f"a scale of {scale} of the softmax is not covered"
     width = k.element_size()
     if not covers_pages(k.shape[1]):
         return f"pages of {k.shape[1]} tokens are not covered"

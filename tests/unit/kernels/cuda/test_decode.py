@@ -334,6 +334,8 @@ def test_what_the_kernel_does_not_have_is_refused():
         (given() | eighths(scales=(torch.ones(3),) * 2), "scales are not fp32 .2., laid out alike"),
         (given() | eighths(scales=(torch.ones(2, dtype=torch.bfloat16),) * 2), "scales are not fp32"),
         (given() | eighths(scales=(torch.ones(2), torch.ones(1).expand(2))), "laid out alike"),
+        (given(scale=2.0**-41) | eighths(), "a scale of 4.5.*e-13 of the softmax"),
+        (given(scale=0.0) | eighths(), "a scale of 0.0 of the softmax"),
         (given() | eighths(torch.float8_e5m2), "in torch.bfloat16 with KV in torch.float8_e5m2 are not covered"),
     ):
         with pytest.raises(decode.Unfit, match=said):
