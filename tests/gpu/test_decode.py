@@ -152,3 +152,59 @@ def test_a_query_that_fp16_does_not_hold_changes_no_other_bit(size):
             decode.attend(given, k, v, out, starts, lengths, pages, 1e-3, form=form, **scales_of((1.0, 1.0)))
         for head in (1, 2, 3):
             assert torch.equal(*(out[:, head::4] for out in outs)), form
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_zeros_move_no_small_product_in_fp16(size):
+    """Scores of small products, beside products of a large query with a zero key, and of a zero query with a large key:
+    the same as beside a head for which products are of bf16 numbers, where a zero has the least exponent."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(size)
+    number, page, blocks = 8, 16, 300
+    q, _, _, starts, pages = requests(number, size, page, blocks, EIGHTHS)
+    raw = torch.randn(number * blocks, page, 8, 2 * size, device="cuda").to(EIGHTHS).view(torch.uint8)
+    k, v = raw.view(EIGHTHS).split(size, dim=-1)
+    keys = raw[..., :size]
+    keys.copy_(torch.randint(1, 0x18, keys.shape, device="cuda") + torch.randint(0, 2, keys.shape, device="cuda") * 128)
+    keys[..., ::16] = 0
+    keys[..., 1::16] = 0x7E  # 448
+    q = ((2 * q.sign() + q) * 2.0**-27).contiguous()
+    q[..., ::16], q[..., 1::16] = 8.0, 0.0
+    lengths = torch.arange(1, number + 1, device="cuda", dtype=torch.int32) * 599
+    others = q.clone()
+    others[:, ::4, 7] = 2.0**-90
+    for form in decode.serving(32, 8, size, q.dtype, 0, True):
+        outs = [torch.empty_like(q) for _ in range(2)]
+        for given, out in zip((q, others), outs):
+            decode.attend(given, k, v, out, starts, lengths, pages, 2.0**29, form=form, **scales_of((1.0, 1.0)))
+        for head in (1, 2, 3):
+            assert torch.equal(*(out[:, head::4] for out in outs)), form
+
+
+@CACHES
+@pytest.mark.parametrize("size, number", [(64, 4), (128, 2), (256, 1)])
+def test_long_requests_beside_copies_of_another_stream(size, number, held, scales):
+    """Copies of another stream take memory, caches and multiprocessors at the same time. The bits must not change."""
+    from bi_patch.kernels.cuda import decode
+
+    torch.manual_seed(size)
+    page, blocks = 16, 2000
+    q, k, v, starts, pages = requests(number, size, page, blocks, held)
+    more = scales_of(scales)
+    lengths = torch.full((number,), page * blocks, device="cuda", dtype=torch.int32)
+    want = torch.empty_like(q)
+    forms = decode.serving(32, 8, size, q.dtype, 0, bool(more))
+    decode.attend(q, k, v, want, starts, lengths, pages, size**-0.5, form=forms[-1], **more)
+    beside, source = torch.cuda.Stream(), torch.ones(8, 1 << 22, device="cuda")
+    into = torch.empty_like(source)
+    torch.cuda.synchronize()
+    for form in forms:
+        outs = [torch.empty_like(q) for _ in range(100)]
+        for out in outs:
+            with torch.cuda.stream(beside):
+                for n in range(8):  # short ones: they leave multiprocessors to both streams
+                    torch.add(source[n], 1, out=into[n])
+            decode.attend(q, k, v, out, starts, lengths, pages, size**-0.5, form=form, **more)
+        torch.cuda.synchronize()
+        assert sum(not torch.equal(out, want) for out in outs) == 0, form

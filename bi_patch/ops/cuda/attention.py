@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OPERATION = "cuda.decode_attention"
 DATA = (
     "beginnings of one prompt, flat and peaked scores, small and large pages, several tokens, none, two kinds of scales"
+    ", zeros beside small products"
 )
 # Not the square root of a power of 2: with such a scale, products round alike in any order, which hides another order.
 _ODD_SCALE = 168**-0.5
@@ -141,7 +142,10 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
         """The prompt's q, k and v in random pages: small pages of K and of V, and large pages that hold K and V side
         by side, as in vLLM 0.26; and pages as large as models with recurrent layers have them."""
         flat, peaked, large = ("flat", 16, 1.0, size**-0.5), ("peaked", 128, 6.0, _ODD_SCALE), ("large", 1024, 3.0, 0.1)
-        for what, page, factor, scale in (flat, peaked, large):
+        # Over e4m3, bf16 queries may become fp16, where a zero has the exponent of other numbers: products with a zero
+        # must not move smaller products beside them.
+        tiny = [("tiny", 16, 2.0**-27, 2.0**28)] if cache is not None and dtype is torch.bfloat16 else []
+        for what, page, factor, scale in (flat, peaked, large, *tiny):
             blocks = -(-_PROMPT // page)
             pages = torch.randperm(blocks, generator=generator, device="cuda").to(torch.int32)[None]
             if page == 16:
@@ -149,6 +153,11 @@ def _certify(problem: Problem, prefill: Prefill, key: Key) -> Certificate:
             else:
                 k, v = random(blocks, key_heads, page, 2 * size).to(kept).transpose(1, 2).split(size, dim=-1)
             q = (random(_PROMPT, heads, size) * factor).contiguous()
+            if what == "tiny":
+                q += 2 * factor * q.sign()
+                q[..., ::16] = 8.0
+                k = (k.to(dtype) * 2.0**-4).to(kept)
+                k.view(torch.uint8)[..., ::16] = 0
             if cache is not None and what == "large":
                 q[::3, :, 5] *= 2.0**-40  # such a query does not fit into fp16 beside others
             yield what, q, k, v, pages, scale
