@@ -157,7 +157,7 @@ ROUNDS: list[list[Entry]] = [
     [
         model("Kimi-Linear-48B-A3B, 4 layers", (13.0, 6.0, 4.0), (ONE, EIGHT, MANY, LONG)),
         scheme("NVFP4", QUANTIZED),
-        scheme("FP8 KV cache", (5.0, 4.0, 2.5), modes=UPSTREAM),
+        scheme("FP8 KV cache", (5.0, 4.0, 2.5), (MANY, MOST, ONE, EIGHT, LONG), modes=UPSTREAM),
         scheme("GPTQ", QUANTIZED, modes=UPSTREAM),
     ],
     [
