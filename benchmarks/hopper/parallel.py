@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/parallel.py [LABEL ...] [--results FOLDER] [--models FOLDER]
 
-Without labels, every case below is measured, one after the other. Shapes are real, with few layers and seeded random
+Without labels, every case of rank_cases.py is measured, one after the other. Shapes are real, with few layers and seeded random
 weights, which every engine loads from one file; each rank makes quantized weights by itself, and the ranks' parts
 differ. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs with 4, too), with
 BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked, and executors.py how ranks of
@@ -20,134 +20,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import data_ranks
 import executors
 import schemes
 import servers
+from rank_cases import CASES, EXPERTS, FRONT, LAYERS, MEMORY, RECURRENT, SEED, SIZES_OF_GRAPHS, SMALL, SMALL_SHAPE, Case
 
 import bi_patch_entry
 
-EQUAL = {"BI_PATCH_TP_INVARIANT": "8"}
-FEW = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget", "decode = prefill")
-SIZES = ("tensor parallel size", "batch size", "chunk budget", "decode = prefill")
-MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
-SIZES_OF_GRAPHS = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}}
-SMALL = "DeepSeek-V3 small"
-FRONT = "tiny-qwen3"  # with a tokenizer, which a server needs
-LAYERS = {"Qwen3-8B": 4, "Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 2, SMALL: 2}
-EXPERTS = [name for name in LAYERS if name != "Qwen3-8B"]
-# The architecture of DeepSeek-V3, with its router and groups of experts, in the sizes of a small model.
-SMALL_SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 4096,
-    "moe_intermediate_size": 512,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": 512,
-    "n_routed_experts": 64,
-    "first_k_dense_replace": 1,
-}
-
-
-class Case(NamedTuple):
-    """model: a name of LAYERS or, with random weights, of schemes.py.
-
-    axes: of verify, empty for those of level quick. engine: arguments of vllm.LLM.
-    """
-
-    model: str
-    engine: dict[str, object]
-    axes: tuple[str, ...] = ()
-    eager: bool = True
-    environ: dict[str, str] = {}
-
-
-TWO, FOUR = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
-WHOLE = {"enable_expert_parallel": True}
-STAGES = {"pipeline_parallel_size": 2}
-BOTH = (*FEW, "eager and compiled")
-NCCL = TWO | {"disable_custom_all_reduce": True}
-DATA, MORE = {"data_parallel_size": 2}, {"data_parallel_size": 4}
-MADE = (*FEW, "restart")
-SEED = 7
-# Quantized weights that two ranks share: names of schemes.py.
-SHARED = (
-    *("FP8 block", "FP8 block experts", "MiniMax-M2 FP8", "FP8 channel", "AWQ", "GPTQ", "W4A16", "INT8"),
-    *("W4A16 experts", "MXFP4", "FP8 channel experts"),
-)
-
-
-def _both(label: str, model: str, engine: dict[str, object], axes: tuple[str, ...] = FEW) -> dict[str, Case]:
-    """A case in eager mode, and the same compiled."""
-    return {label: Case(model, engine, axes), f"{label}, compiled": Case(model, engine, axes, eager=False)}
-
-
-CASES = {
-    "Qwen3-8B, 4 layers, TP 2 compiled": Case("Qwen3-8B", TWO, eager=False),
-    "Qwen3-8B, 4 layers, TP 2": Case("Qwen3-8B", TWO),
-    **_both("Qwen3-8B, 4 layers, TP 2 without peer memory", "Qwen3-8B", NCCL),
-    "Qwen3-8B, 4 layers, TP 1 and 2 equal": Case("Qwen3-8B", TWO, SIZES, environ=EQUAL),
-    "Qwen3-8B, 4 layers, TP 1 and 2 equal, compiled": Case("Qwen3-8B", TWO, SIZES, eager=False, environ=EQUAL),
-    # The axis compares every number of ranks that the host has GPUs for.
-    "Qwen3-8B, 4 layers, TP 1, 2 and 4 equal": Case("Qwen3-8B", TWO, SIZES, environ=EQUAL),
-    "Qwen3-8B, 4 layers, TP 1, 2 and 4 equal, compiled": Case("Qwen3-8B", TWO, SIZES, eager=False, environ=EQUAL),
-    "Qwen3-8B, 4 layers, TP 1 in 8 parts": Case("Qwen3-8B", {}, FEW, environ=EQUAL),
-    **_both("Qwen3-8B, 4 layers, TP 4", "Qwen3-8B", FOUR),
-    "Qwen3-30B-A3B, 2 layers, TP 2": Case("Qwen3-30B-A3B", TWO, FEW),
-    "Qwen3-30B-A3B, 2 layers, TP 2 compiled": Case("Qwen3-30B-A3B", TWO, BOTH, eager=False),
-    **_both("Qwen3-30B-A3B, 2 layers, TP 4", "Qwen3-30B-A3B", FOUR),
-    **_both("Qwen3-30B-A3B, 2 layers, experts over 2 ranks", "Qwen3-30B-A3B", TWO | WHOLE),
-    **_both("Qwen3-30B-A3B, 2 layers, experts over 4 ranks", "Qwen3-30B-A3B", FOUR | WHOLE),
-    "DeepSeek-V2-Lite, 2 layers, TP 2 compiled": Case("DeepSeek-V2-Lite", TWO, FEW, eager=False),
-    "DeepSeek-V2-Lite, 2 layers, TP 2": Case("DeepSeek-V2-Lite", TWO, FEW),
-    **_both("DeepSeek-V2-Lite, 2 layers, TP 4", "DeepSeek-V2-Lite", FOUR),
-    **_both("DeepSeek-V2-Lite, 2 layers, experts over 2 ranks", "DeepSeek-V2-Lite", TWO | WHOLE),
-    **_both("DeepSeek-V2-Lite, 2 layers, experts over 4 ranks", "DeepSeek-V2-Lite", FOUR | WHOLE),
-    "Qwen3-8B, 4 layers, PP 2": Case("Qwen3-8B", STAGES, FEW),
-    "Qwen3-8B, 4 layers, PP 2 compiled": Case("Qwen3-8B", STAGES, FEW, eager=False),
-    **{
-        name: case
-        for scheme in SHARED
-        for name, case in _both(f"{schemes.label(scheme, 2)}, TP 2", scheme, TWO, MADE).items()
-    },
-    **{
-        name: case
-        for executor, words in (("external_launcher", "external launcher"), ("ray", "workers of Ray"))
-        for name, case in _both(
-            f"Qwen3-8B, 4 layers, TP 2, {words}", "Qwen3-8B", TWO | {"distributed_executor_backend": executor}
-        ).items()
-    },
-    **_both("tiny-qwen3, two API servers", FRONT, {"api_server_count": 2}),
-    "Qwen3-8B, 4 layers, DP 2": Case("Qwen3-8B", DATA),
-    "Qwen3-8B, 4 layers, DP 2 compiled": Case("Qwen3-8B", DATA, eager=False),
-    **{
-        name: case
-        for model in EXPERTS
-        for words, engine in (
-            ("DP 2", DATA),
-            ("DP 2, experts over ranks", DATA | WHOLE),
-            ("DP 4", MORE),
-            ("DP 4, experts over ranks", MORE | WHOLE),
-            ("DP 2 x TP 2", DATA | TWO),
-            ("DP 2 x TP 2, experts over ranks", DATA | TWO | WHOLE),
-        )
-        for name, case in _both(f"{model}, 2 layers, {words}", model, engine).items()
-    },
-}
-
-
 def folder(model: str, root: Path, layers: int = 0) -> Path:
-    """The folder of a model with weights, of a name of schemes.py without; it is made once.
+    """The folder of a model with weights, of a name of schemes.py or RECURRENT without; it is made once.
 
-    layers: by default those of LAYERS, and two of a name of schemes.py.
+    layers: by default those of LAYERS, and two of a name of schemes.py. A name of RECURRENT has four.
     """
     from bi_patch.tools.models import shapes
     from bi_patch.tools.verify import checkpoint
 
     if model == FRONT:
         return Path()  # servers.py makes it
+    if model in RECURRENT:
+        import families
+        from bi_patch.tools.models.families import FAMILIES
+
+        shape = FAMILIES[model] | families.SIZES[model] | RECURRENT[model]
+        return Path(shapes.save(f"{model} {os.getpid()}", shape, root))
     if model not in LAYERS:
         return Path(shapes.save(f"{model} {os.getpid()}", schemes.config(model, layers or 2), root))
     layers = layers or LAYERS[model]
@@ -175,7 +72,8 @@ def verified(label: str, case: Case, model: Path, until: int) -> tuple[list, obj
                 said = f"{axis.differing} of {axis.compared} differ {axis.state} {axis.reason}"
                 print(f"{label}: {axis.name}: {said}", flush=True)
 
-    level = replace(levels.LEVELS["quick"], seconds=None, cpu_seconds=None)
+    level = replace(levels.QUICK, seconds=None, cpu_seconds=None)
+    level = replace(level, max_model_len=case.length or level.max_model_len)
     system = local.local(
         str(model),
         level,
@@ -192,7 +90,7 @@ def verified(label: str, case: Case, model: Path, until: int) -> tuple[list, obj
 
 
 def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Sequence[str]) -> list:
-    """The rows of an engine of several data-parallel ranks, against a plain engine or, with experts, against itself.
+    """The rows of an engine of several data-parallel ranks, against one rank's engine or, with experts, against itself.
 
     flags: of data_ranks.py. Planted faults are printed only. Raises RuntimeError for a fault that no position shows.
     """
@@ -210,7 +108,8 @@ def of_data_ranks(label: str, case: Case, model: Path, scratch: Path, flags: Seq
         (found,) = data_ranks.engines(label, scratch, several, flags=flags)
         made = data_ranks.differing(found[data_ranks.ALONE], found, data_ranks.ALONE)
     else:
-        plain, found = data_ranks.engines(label, scratch, given, several, flags=flags)
+        one = {name: held for name, held in several.items() if name != "data_parallel_size"}
+        plain, found = data_ranks.engines(label, scratch, one, several, flags=flags)
         made = data_ranks.differing(plain[data_ranks.ALONE], found)
     rows = [evidence.InvarianceRow(label, *counted) for counted in made]
     missed = []
