@@ -2,12 +2,12 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/parallel.py [LABEL ...] [--results FOLDER] [--models FOLDER]
 
-Without labels, every case of rank_cases.py is measured, one after the other. Shapes are real, with few layers and seeded random
-weights, which every engine loads from one file; each rank makes quantized weights by itself, and the ranks' parts
-differ. "tensor parallel size" compares 2 ranks with 1 (on hosts of four GPUs with 4, too), with
-BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked, and executors.py how ranks of
-other executors are compared; servers.py measures a server with several front ends. The rows join one result file of the
-day. Exit code 1: a position differs, or an axis has no result.
+Without labels, every case of rank_cases.py is measured, one after the other. Shapes are real, with few layers and
+seeded random weights, which every engine loads from one file; each rank makes weights that are quantized, or of a model
+with recurrent layers, by itself, and the ranks' parts differ. "tensor parallel size" compares 2 ranks with 1 (on hosts
+of four GPUs with 4, too), with BI_PATCH_TP_INVARIANT=8. data_ranks.py says what engines of data parallelism are asked,
+and executors.py how ranks of other executors are compared; servers.py measures a server with several front ends. The
+rows join one result file of the day. Exit code 1: a position differs, or an axis has no result.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rank_cases import CASES, EXPERTS, FRONT, LAYERS, MEMORY, RECURRENT, SEED, S
 
 import bi_patch_entry
 
+
 def folder(model: str, root: Path, layers: int = 0) -> Path:
     """The folder of a model with weights, of a name of schemes.py or RECURRENT without; it is made once.
 
@@ -41,6 +42,7 @@ def folder(model: str, root: Path, layers: int = 0) -> Path:
         return Path()  # servers.py makes it
     if model in RECURRENT:
         import families
+
         from bi_patch.tools.models.families import FAMILIES
 
         shape = FAMILIES[model] | families.SIZES[model] | RECURRENT[model]
