@@ -21,6 +21,7 @@ _H200_RANKS_MORE = "invariance-2026-11-30-h200-ranks-vllm-0.33.0.json"
 _H200_DATA = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-2.json"
 _H200_MORE_RANKS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-5.json"
 _H200_LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"
+_H200_FOUR = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-7.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
@@ -42,7 +43,7 @@ def _plain_data_parallel(words: str) -> Callable[[Any], str]:
     return asked
 
 
-# Models whose experts ranks may share. Of the last, no run has compared bits yet.
+# Models whose experts ranks may share.
 _MOE_OF_RANKS = ("Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 _ALL_TO_ALL = "allgather_reducescatter"  # vLLM's default, whose sums over ranks have a patch point
 _STAGES = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
@@ -263,8 +264,10 @@ DISTRIBUTED: tuple[Feature, ...] = (
             served(
                 _H200_DATA,
                 _H200_MORE_RANKS,
-                why="two ranks: two layers of Qwen3-30B-A3B with and without expert parallelism, compiled and in eager "
-                "mode, and of DeepSeek-V2-Lite with it, compiled",
+                _H200_FOUR,
+                why="two layers, compiled and in eager mode: Qwen3-30B-A3B over two and four ranks, and two with two "
+                "tensor-parallel ranks each, with and without expert parallelism; with it, DeepSeek-V2-Lite and a "
+                "small DeepSeek V3 over two",
             ),
         ),
         ascend=refused(_STEP),
@@ -273,8 +276,7 @@ DISTRIBUTED: tuple[Feature, ...] = (
         "Requests have the same bits on every rank, whatever the other ranks do.",
     ),
     row(
-        "data parallelism of MoE models over three or four ranks, over hosts or load balancers, with TP, of DeepSeek "
-        "V3, or of DeepSeek V2 in eager mode or without expert parallelism",
+        "data parallelism of MoE models in other sizes, models or modes than above, over hosts or load balancers",
         cpu=refused(_NO_EXCHANGE),
         cuda=(
             refused(_STEP, todo="Use vLLM 0.33", releases="<0.33"),
@@ -296,8 +298,9 @@ DISTRIBUTED: tuple[Feature, ...] = (
             served(
                 _H200_SHARED,
                 _H200_RANKS_MORE,
-                why="two layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite over two ranks, compiled and in eager mode; "
-                "of DeepSeek-V2-Lite over four, compiled",
+                _H200_FOUR,
+                why="two layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite: two ranks, compiled and in eager mode; "
+                "four, compiled",
             ),
         ),
         ascend=refused(NO_SEAM),
@@ -305,11 +308,11 @@ DISTRIBUTED: tuple[Feature, ...] = (
         details="Each rank holds whole experts and sees all rows. A model without experts ignores the option.",
     ),
     row(
-        "expert parallelism over three ranks, over four of Qwen3-MoE or in eager mode, or of DeepSeek V3",
+        "expert parallelism in other sizes, models or modes than above",
         cpu=refused(_NO_MAP),
         cuda=(
             refused("nobody has compared an engine's bits", todo="Use vLLM 0.33", releases="<0.33"),
-            untried("measured over two ranks, and over four of DeepSeek V2, compiled"),
+            untried(),
         ),
         ascend=refused(NO_SEAM),
         asked=_expert_parallel(UNTRIED, "expert parallelism"),

@@ -218,6 +218,23 @@ def _eighth_compiled(config: Any) -> str:
     return "an FP8 KV cache with quantized weights, compiled" if there else ""
 
 
+def _eighth_ranks(config: Any) -> str:
+    if not PARTS[EIGHTH](config) or not several_ranks(config, "tensor", "pipeline"):
+        return ""
+    other = several_ranks(config, "pipeline") or size(config, "tensor_parallel_size") > 2
+    other = other or any(PARTS[part](config) for part in (MLA, EXPERTS, QUANTIZED))
+    return "an FP8 KV cache with other ranks" if other else ""
+
+
+def _other_recurrent_model(config: Any) -> str:
+    if not PARTS[RECURRENT](config) or not several_ranks(config, "tensor", "pipeline"):
+        return ""
+    own = set(getattr(config.model_config, "architectures", None) or ())
+    kind = size(config, "tensor_parallel_size"), size(config, "pipeline_parallel_size"), compiled(config)
+    measured = bool(own) and {(name, *kind) for name in own} <= rank_cells.RECURRENT
+    return "" if measured else "recurrent layers with other ranks"
+
+
 def _other_recurrent(config: Any) -> str:
     several = PARTS[RECURRENT](config) and size(config, "tensor_parallel_size") > 2
     return "recurrent layers with other tensor parallelism" if several else ""
@@ -458,13 +475,21 @@ PAIRS: tuple[Feature, ...] = (
     ),
     _pairs(
         EIGHTH,
-        *("tensor parallelism", "pipeline parallelism"),
+        TENSOR,
+        cpu=_REFUSED,
+        cuda=(rank_cells.CUDA[EIGHTH, TENSOR], _REFUSED),
+        ascend=_REFUSED,
+    ),
+    row(
+        "an FP8 KV cache with more than two tensor-parallel ranks, with stages, or with several ranks of models with "
+        "MLA, experts or quantized weights",
         cpu=_REFUSED,
         cuda=(untried(releases=">=0.33"), _REFUSED),
         ascend=_REFUSED,
+        asked=_eighth_ranks,
     ),
     *(
-        _of_ranks(first, other, cuda=untried(), ascend=untried())
+        _of_ranks(first, other, cuda=rank_cells.CUDA[first, other], ascend=untried())
         for first, other in (
             (TENSOR, STAGES),
             (TENSOR, "data parallelism"),
@@ -474,51 +499,56 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "two kinds of tensor, pipeline and data parallelism, of which one has more than two ranks",
         cpu=untried("measured with two by two ranks, and BI_PATCH_TP_INVARIANT with four by two"),
-        cuda=untried(),
+        cuda=untried("measured with two by two ranks"),
         ascend=untried(),
         asked=_more_than_two,
     ),
     _of_ranks(EXPERTS, TENSOR, cuda=rank_cells.EXPERTS_ON_CUDA, ascend=untried()),
     row(
-        "experts with tensor parallelism in other models than Qwen3-MoE, DeepSeek V2, MiniMax-M2 and gpt-oss as "
-        "published, over three or more than four ranks, over four but Qwen3-MoE's, gpt-oss compiled, or DeepSeek V2 or "
-        "four ranks in eager mode",
+        "experts with tensor parallelism in other sizes, models or modes than above",
         cpu=untried("measured with a tiny Qwen3-MoE"),
         cuda=untried(),
         ascend=untried(),
         asked=_other_experts,
     ),
+    _of_ranks(MLA, TENSOR, cuda=rank_cells.MLA_ON_CUDA, ascend=_NO_SEAM),
     row(
-        "MLA with tensor parallelism in other models than DeepSeek V2, in one form (BI_PATCH_MLA=one), in eager mode "
-        "with cut experts, or over more than two ranks (but four compiled ones with whole experts)",
+        "MLA with tensor parallelism in other sizes, models or modes than above, or in one form (BI_PATCH_MLA=one)",
         cpu=untried("measured with tiny DeepSeek V2 and V3 over two ranks"),
         cuda=untried(),
         ascend=_NO_SEAM,
         asked=_other_latent,
     ),
-    _of_ranks(MLA, TENSOR, cuda=rank_cells.MLA_ON_CUDA, ascend=_NO_SEAM),
-    _of_ranks(MLA, STAGES, cuda=untried(), ascend=_NO_SEAM),
+    _of_ranks(MLA, STAGES, cuda=rank_cells.CUDA[MLA, STAGES], ascend=_NO_SEAM),
     _of_ranks(
         RECURRENT,
         TENSOR,
-        cuda=untried("Mamba 2 with a norm is refused over several ranks, when the model is made"),
+        cuda=rank_cells.CUDA[RECURRENT, TENSOR],
         ascend=_NO_SEAM,
         details="On CPU, each rank gathers the rows of a norm that ranks share.",
     ),
     row(
         "recurrent layers with tensor parallelism over more than two ranks",
         cpu=untried("measured with two ranks"),
-        cuda=untried(),
+        cuda=untried("measured with two ranks"),
         ascend=_NO_SEAM,
         asked=_other_recurrent,
     ),
     _of_ranks(
         RECURRENT,
         STAGES,
-        cuda=untried(),
+        cuda=rank_cells.CUDA[RECURRENT, STAGES],
         ascend=_NO_SEAM,
         details="vLLM 0.32 and 0.33 stop at the start if a stage lacks a kind of layer that another has ('Workers "
         "disagree on supported KV cache layouts'), and with Granite 4-H, whose stages run each other's layers.",
+    ),
+    row(
+        "recurrent layers over ranks in other models than Qwen3-Next and Falcon-H1, or in stages in other models than "
+        "Qwen3-Next or compiled",
+        cpu=rank_cells.RECURRENT_ON_CPU,
+        cuda=untried(),
+        ascend=_NO_SEAM,
+        asked=_other_recurrent_model,
     ),
     *SHARED,
     _of_ranks(_INT8, STAGES, cuda=untried(), ascend=_NO_SEAM),

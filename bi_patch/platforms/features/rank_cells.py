@@ -36,19 +36,62 @@ CPU: dict[tuple[str, str], Cell] = {
         "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-5.json", _CPU, why=f"a tiny Qwen3, {_ONE_THREAD}"
     ),
 }
+_OLDER = untried(releases="<0.33")
+_FOUR = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-7.json"
+# Models with recurrent layers that ran over ranks of CUDA: architecture, tensor-parallel ranks, stages, whether vLLM
+# compiled the model.
+RECURRENT = frozenset(
+    {
+        ("Qwen3NextForCausalLM", 2, 1, True),
+        ("Qwen3NextForCausalLM", 2, 1, False),
+        ("Qwen3NextForCausalLM", 1, 2, False),
+        ("FalconH1ForCausalLM", 2, 1, True),
+        ("FalconH1ForCausalLM", 2, 1, False),
+    }
+)
+_TWO_KINDS = served(_FOUR, why=f"two by two ranks, four layers of Qwen3-8B and two of Qwen3-30B-A3B, {_BOTH}")
+# On CUDA, of the row with both features.
+CUDA: dict[tuple[str, str], Cell | tuple[Cell, ...]] = {
+    ("tensor parallelism", "pipeline parallelism"): (_OLDER, _TWO_KINDS),
+    ("tensor parallelism", "data parallelism"): (_OLDER, _TWO_KINDS),
+    ("pipeline parallelism", "data parallelism"): untried(),
+    ("MLA", "pipeline parallelism"): (
+        _OLDER,
+        served(_FOUR, why=f"two stages, two layers of DeepSeek-V2-Lite, {_BOTH}"),
+    ),
+    ("recurrent layers", "tensor parallelism"): (
+        _OLDER,
+        served(
+            _FOUR,
+            why=f"two ranks, four layers of Qwen3-Next and Falcon-H1, {_BOTH}; Mamba 2 with a norm is refused over "
+            "several ranks, when the model is made",
+        ),
+    ),
+    ("recurrent layers", "pipeline parallelism"): (
+        _OLDER,
+        served(_FOUR, why="two stages, four layers of Qwen3-Next, in eager mode"),
+    ),
+    ("an FP8 KV cache", "tensor parallelism"): served(
+        _FOUR, why=f"two ranks, two layers of Qwen3-8B's sizes, {_BOTH}", releases=">=0.33"
+    ),
+}
+RECURRENT_ON_CPU = served(_CPU, why=f"two ranks or stages, tiny Mamba, Jamba, LFM2, {_BOTH}")
 EXPERTS_ON_CUDA = (
     untried("measured with models without experts", releases="<0.33"),
     served(
         "invariance-2026-11-29-h200-ranks-vllm-0.33.0-3.json",
         _H200,
-        why="two layers of Qwen3-30B-A3B, two and four ranks, compiled",
+        _FOUR,
+        why="two layers of Qwen3-30B-A3B, two and four ranks, and four layers of Qwen3-Next, two ranks; compiled and "
+        "in eager mode",
     ),
 )
 MLA_ON_CUDA = (
     untried(releases="<0.33"),
     served(
         _H200,
-        why="two layers of DeepSeek-V2-Lite: two ranks compiled, with whole experts also in eager mode, and four "
-        "compiled",
+        _FOUR,
+        why="two layers of DeepSeek-V2-Lite: two ranks, with and without whole experts, compiled and in eager mode; "
+        "four with whole experts, compiled",
     ),
 )

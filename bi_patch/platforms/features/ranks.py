@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-_QWEN3, _DEEPSEEK = "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"
-_MINIMAX, _GPT_OSS = "MiniMaxM2ForCausalLM", "GptOssForCausalLM"
+_QWEN3, _DEEPSEEK, _DEEPSEEK_3 = "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
+_MINIMAX, _GPT_OSS, _NEXT = "MiniMaxM2ForCausalLM", "GptOssForCausalLM", "Qwen3NextForCausalLM"
 _QUANTIZED = frozenset({_MINIMAX, _GPT_OSS})  # measured as published
-# Two layers of published sizes: architecture, tensor-parallel ranks, data-parallel ranks, whether a rank holds whole
-# experts (expert parallelism), whether vLLM compiled the model.
+_COMPILED, _BOTH = (True,), (True, False)
+# Few layers of published sizes, DeepSeek V3 in smaller ones: tensor-parallel ranks, data-parallel ranks, whether a rank
+# holds whole experts (expert parallelism), and whether vLLM compiled the model.
+_MEASURED: dict[str, tuple[tuple[int, int, bool, tuple[bool, ...]], ...]] = {
+    _MINIMAX: ((2, 1, False, _BOTH),),
+    _GPT_OSS: ((2, 1, False, _BOTH),),
+    _NEXT: ((2, 1, False, _BOTH),),
+    _QWEN3: (
+        *((2, data, whole, _BOTH) for data in (1, 2) for whole in (False, True)),
+        *((1, data, whole, _BOTH) for data in (2, 4) for whole in (False, True)),
+        (4, 1, False, _BOTH),
+        (4, 1, True, _COMPILED),
+    ),
+    _DEEPSEEK: (
+        (2, 1, False, _BOTH),
+        (2, 1, True, _BOTH),
+        (4, 1, True, _COMPILED),
+        (1, 2, True, _BOTH),
+    ),
+    _DEEPSEEK_3: ((1, 2, True, _BOTH),),
+}
 RUNS = frozenset(
-    {
-        (_MINIMAX, 2, 1, False, True),
-        (_MINIMAX, 2, 1, False, False),
-        (_GPT_OSS, 2, 1, False, False),
-        (_QWEN3, 2, 1, False, True),
-        (_QWEN3, 2, 1, False, False),
-        (_QWEN3, 4, 1, False, True),
-        (_QWEN3, 2, 1, True, True),
-        (_QWEN3, 2, 1, True, False),
-        (_QWEN3, 1, 2, False, True),
-        (_QWEN3, 1, 2, False, False),
-        (_QWEN3, 1, 2, True, True),
-        (_QWEN3, 1, 2, True, False),
-        (_DEEPSEEK, 2, 1, False, True),
-        (_DEEPSEEK, 2, 1, True, True),
-        (_DEEPSEEK, 2, 1, True, False),
-        (_DEEPSEEK, 4, 1, True, True),
-        (_DEEPSEEK, 1, 2, True, True),
-    }
+    (name, tensor, data, whole, compiled)
+    for name, runs in _MEASURED.items()
+    for tensor, data, whole, modes in runs
+    for compiled in modes
 )
 
 

@@ -40,6 +40,7 @@ CUT = {"parallel_enable_expert_parallel": False, "model_is_moe": True}
 EAGER = {"model_enforce_eager": True}
 FOUR = {"parallel_tensor_parallel_size": 4}
 _DATA, _WHOLE = "data parallelism over 1 of a MoE model", "expert parallelism"
+_FOUR_DATA = {"parallel_data_parallel_size": 4, "parallel_data_parallel_size_local": 4}
 _CUT, _LATENT = "experts with other tensor parallelism", "MLA with other tensor parallelism"
 CELLS = [
     *(
@@ -404,14 +405,16 @@ def test_platforms_differ(platform, change, refused):
     ("change", "named"),
     [
         (
-            {"parallel_pipeline_parallel_size": 2, "parallel_tensor_parallel_size": 2},
-            "tensor parallelism with pipeline parallelism",
+            {"parallel_pipeline_parallel_size": 2, "parallel_tensor_parallel_size": 4},
+            "ranks of two kinds, more than two by two",
         ),
-        ({"parallel_pipeline_parallel_size": 2, "model_use_mla": True}, "MLA with pipeline parallelism"),
-        (STEPS | {"parallel_data_parallel_size": 4}, "data parallelism over 1 of a MoE model"),
-        (STEPS | {"parallel_tensor_parallel_size": 2}, "data parallelism over 1 of a MoE model"),
-        (STEPS | {"model_architectures": ["DeepseekV3ForCausalLM"]}, "data parallelism over 1 of a MoE model"),
-        (SHARED | {"model_architectures": ["DeepseekV3ForCausalLM"]}, "expert parallelism"),
+        (
+            {"parallel_tensor_parallel_size": 2, "model_is_hybrid": True, "model_architectures": ["JambaForCausalLM"]},
+            "recurrent layers with other ranks",
+        ),
+        ({"parallel_tensor_parallel_size": 8, "cache_cache_dtype": "fp8"}, "an FP8 KV cache with other ranks"),
+        (STEPS | {"parallel_data_parallel_size": 3}, "data parallelism over 1 of a MoE model"),
+        (SHARED | {"parallel_tensor_parallel_size": 3, "model_enforce_eager": True}, "expert parallelism"),
     ],
 )
 def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
@@ -428,29 +431,35 @@ def test_an_engine_of_several_gpus_names_what_nobody_measured(change, named):
     [
         (SHARED, ""),
         (SHARED | EAGER, ""),
-        (SHARED | FOUR, _WHOLE),
+        (SHARED | FOUR, ""),
         (SHARED | EAGER | {"parallel_tensor_parallel_size": 3}, _WHOLE),
         (SHARED | DEEPSEEK, ""),
         (SHARED | DEEPSEEK | EAGER, ""),
         (SHARED | DEEPSEEK | FOUR, ""),
+        (SHARED | FOUR | EAGER, _WHOLE),
         (SHARED | DEEPSEEK | FOUR | EAGER, f"{_LATENT}, {_WHOLE}"),
         (SHARED | CUT, ""),
         (SHARED | CUT | EAGER, ""),
         (SHARED | CUT | FOUR, ""),
-        (SHARED | CUT | FOUR | EAGER, _CUT),
+        (SHARED | CUT | FOUR | EAGER, ""),
         (SHARED | CUT | {"parallel_tensor_parallel_size": 8}, _CUT),
         (SHARED | CUT | {"model_architectures": ["MixtralForCausalLM"]}, _CUT),
         (LATENT, ""),
-        (LATENT | EAGER, f"{_LATENT}, {_CUT}"),
+        (LATENT | EAGER, ""),
         (LATENT | FOUR, f"{_LATENT}, {_CUT}"),
         (LATENT | {"model_architectures": ["DeepseekV3ForCausalLM"]}, f"{_LATENT}, {_CUT}"),
         (STEPS, ""),
         (STEPS | CUT, ""),
         (STEPS | EAGER, ""),
         (STEPS | EAGER | CUT, ""),
-        (STEPS | DEEPSEEK | EAGER, _DATA),
+        (STEPS | DEEPSEEK | EAGER, ""),
         (STEPS | DEEPSEEK, ""),
         (STEPS | DEEPSEEK | CUT, _DATA),
+        *((STEPS | sizes, "") for sizes in (_FOUR_DATA, {"parallel_tensor_parallel_size": 2})),
+        *((STEPS | CUT | sizes, "") for sizes in (_FOUR_DATA, {"parallel_tensor_parallel_size": 2})),
+        (STEPS | DEEPSEEK | _FOUR_DATA, _DATA),
+        (STEPS | DEEPSEEK | {"model_architectures": ["DeepseekV3ForCausalLM"]}, ""),
+        (STEPS | {"parallel_data_parallel_size": 3, "parallel_data_parallel_size_local": 3}, _DATA),
         (STEPS | {"parallel_data_parallel_size_local": 1}, _DATA),
         (STEPS | {"parallel_data_parallel_size_local": 0}, _DATA),
         (STEPS | {"parallel_data_parallel_external_lb": True}, _DATA),

@@ -147,11 +147,12 @@ def test_experts_that_ran_in_eager_mode_only_are_named_in_compiled_code():
     [
         ("gptq", 1, False, set()),
         ("gptq", 2, True, set()),
-        ("gptq", 2, False, {"compiled"}),
-        ("gptq", 4, False, {"compiled", "over more than two ranks"}),
+        ("gptq", 2, False, set()),
+        ("gptq", 4, False, {"over more than two ranks"}),
         ("gptq", 4, True, {"over more than two ranks"}),
-        ("fp8", 2, False, set()),  # measured in compiled code, too
-        ("fp8", 4, False, {"over more than two ranks"}),
+        ("fp8", 2, False, set()),
+        ("fp8", 4, False, {"over four ranks"}),
+        ("fp8", 8, False, {"over more than two ranks"}),
         ("quark", 2, False, {"other"}),
     ],
 )
@@ -161,7 +162,7 @@ def test_what_no_run_of_ranks_had_is_named(method, ranks, eager, named):
     config.model_config.hf_config.quantization_config = {"gptq": gptq, "fp8": BLOCKS}.get(method, gptq)
     config.model_config.quantization = method
     config.parallel_config = SimpleNamespace(tensor_parallel_size=ranks)
-    *_, other, compiled, several = quantized_ranks.SHARED
-    rows = {"other": other, "compiled": compiled, "over more than two ranks": several}
+    *_, other, four, several = quantized_ranks.SHARED
+    rows = {"other": other, "over four ranks": four, "over more than two ranks": several}
     assert all(word in row.name for word, row in rows.items())
     assert {word for word, row in rows.items() if row.asked(config)} == named

@@ -40,6 +40,7 @@ _EQUAL = ("tensor parallel size",)
 _STEPS = ("batch size", "load of all ranks", "data-parallel rank")
 _OTHER_FOUR_BITS = ("tiny-qwen2-awq", "tiny-llama-gptq")
 _RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
+_WHOLE = (*_RANKS, "decode = prefill")
 _STAGED = (*_RANKS[:3], "co-batch contents", "decode = prefill", "seeded sampling")
 _REPLICAS = ("batch size", "one by one", "data-parallel rank")
 _RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba", "Jamba", "LFM2")
@@ -49,10 +50,16 @@ _RESTARTED = ("preemption", "restart")
 _COMPILED_NVFP4 = ("batch size", "prefix cache", "chunk budget", "decode = prefill", "preemption", "eager and compiled")
 _LATE = ("batch size", "decode = prefill", *_RESTARTED)
 
-# Quantized weights over ranks, in compiled code.
-COMPILED = next(row.name for row in quantized_ranks.SHARED if "tensor parallelism, compiled" in row.name)
+RECURRENT = next(row.name for row in pairs.PAIRS if row.name.startswith("recurrent layers over ranks in other"))
+OVER_FOUR = next(row.name for row in quantized_ranks.SHARED if row.name.endswith("over four ranks"))
 
 _STREAMED = ("streamed inputs",)
+
+
+def _modes(model: str, *axes: str) -> tuple[Rows, ...]:
+    """Entries of a model in eager mode, and of the model compiled."""
+    return (model, *axes), (f"{model}, compiled", *axes)
+
 
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
@@ -216,11 +223,37 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("experts with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B*TP 2 compiled", "batch size", "prefix cache", "decode = prefill", "eager and compiled"),
         ("Qwen3-30B-A3B*TP 4, compiled", *_RANKS, "decode = prefill"),
+        ("Qwen3-30B-A3B, 2 layers, TP 4", *_WHOLE),
+        *_modes("Qwen3-Next, 4 layers, TP 2", *_WHOLE),
     ),
     ("MLA with tensor parallelism", "cuda"): (
         ("DeepSeek-V2-Lite*TP 2 compiled", *_RANKS),
         ("DeepSeek-V2-Lite*experts over 4 ranks, compiled", *_RANKS),
+        ("DeepSeek-V2-Lite, 2 layers, TP 2", *_RANKS),
     ),
+    ("MLA with pipeline parallelism", "cuda"): _modes("DeepSeek-V2-Lite, 2 layers, PP 2", *_RANKS),
+    ("tensor parallelism with pipeline parallelism", "cuda"): (
+        *_modes("Qwen3-8B, 4 layers, TP 2 x PP 2", *_WHOLE),
+        *_modes("Qwen3-30B-A3B, 2 layers, TP 2 x PP 2", *_WHOLE),
+    ),
+    ("tensor parallelism with data parallelism", "cuda"): (
+        *_modes("Qwen3-8B, 4 layers, DP 2 x TP 2", "batch size", "one by one"),
+        *_modes("Qwen3-30B-A3B, 2 layers, DP 2 x TP 2", *_STEPS),
+    ),
+    ("recurrent layers with tensor parallelism", "cuda"): (
+        *_modes("Qwen3-Next, 4 layers, TP 2", *_WHOLE),
+        *_modes("Falcon-H1, 4 layers, TP 2", *_WHOLE),
+    ),
+    ("recurrent layers with pipeline parallelism", "cuda"): (("Qwen3-Next, 4 layers, PP 2", *_WHOLE),),
+    (RECURRENT, "cpu"): tuple(
+        (f"{model}{layers} bf16 {kind} 2{mode}", *_STAGED)
+        for model in ("Mamba", "Jamba", "LFM2")
+        for layers, kind in (("", "TP"), (", four layers,", "PP"))
+        for mode in ("", " compiled")
+    ),
+    ("an FP8 KV cache with tensor parallelism", "cuda"): _modes("Qwen3-8B FP8 KV cache, 2 layers, TP 2", *_WHOLE),
+    (OVER_FOUR, "cuda"): _modes("Qwen3-8B FP8 block, 2 layers, TP 4", *_WHOLE),
+    (f"{quantized_ranks.NVFP4}, with tensor parallelism", "cuda"): _modes("Qwen3-8B NVFP4, 2 layers, TP 2", *_WHOLE),
     ("pipeline parallelism", "cuda"): (("* PP 2", "batch size", "decode = prefill"),),
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cpu"): (
         ("* fp32, TP 1, 2 and 4 equal", *_EQUAL),
@@ -247,16 +280,28 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek-V2-Lite*DP 2, experts over ranks, compiled", *_STEPS),
         ("Qwen3-30B-A3B, 2 layers, DP 2", *_STEPS),
         ("Qwen3-30B-A3B, 2 layers, DP 2, experts over ranks", *_STEPS),
+        *_modes("Qwen3-30B-A3B, 2 layers, DP 4", *_STEPS),
+        *_modes("Qwen3-30B-A3B, 2 layers, DP 4, experts over ranks", *_STEPS),
+        *_modes("Qwen3-30B-A3B, 2 layers, DP 2 x TP 2", *_STEPS),
+        *_modes("Qwen3-30B-A3B, 2 layers, DP 2 x TP 2, experts over ranks", *_STEPS),
+        ("DeepSeek-V2-Lite, 2 layers, DP 2, experts over ranks", *_STEPS),
+        *_modes("DeepSeek-V3 small, 2 layers, DP 2, experts over ranks", *_STEPS),
     ),
     ("INT8 weights and activations, with tensor parallelism", "cuda"): (
         ("Qwen3-8B INT8, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-8B INT8, 2 layers, TP 2, compiled", *_WHOLE),
     ),
-    ("GPTQ, with tensor parallelism", "cuda"): (("Qwen3-8B GPTQ, 2 layers, TP 2", *_RANKS, "decode = prefill"),),
+    ("GPTQ, with tensor parallelism", "cuda"): (
+        ("Qwen3-8B GPTQ, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-8B GPTQ, 2 layers, TP 2, compiled", *_WHOLE),
+    ),
     ("MXFP4, with experts, with tensor parallelism", "cuda"): (
         ("gpt-oss-20b MXFP4, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("gpt-oss-20b MXFP4, 2 layers, TP 2, compiled", *_WHOLE),
     ),
     ("INT8 weights and activations, with tensor parallelism", "cpu"): (
         ("tiny-qwen3-int8 bf16 TP 2", *_SIX),
+        ("tiny-qwen3-int8 bf16 TP 2 compiled", *_SIX),
         ("tiny-qwen3-int8 bf16 TP 2, new weights", "weight update"),
     ),
     ("AWQ, with tensor parallelism", "cpu"): (
@@ -264,10 +309,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("tiny-qwen2-awq bf16 TP 2 compiled", *_SIX),
         ("tiny-qwen2-awq bf16 TP 2, new weights", "weight update"),
     ),
-    ("GPTQ, with tensor parallelism", "cpu"): (("tiny-llama-gptq bf16 TP 2", *_SIX),),
-    ("compressed-tensors W4A16, with tensor parallelism", "cpu"): (("tiny-qwen3-w4a16 bf16 TP 2", *_SIX),),
-    (COMPILED, "cpu"): tuple(
-        (f"{model} bf16 TP 2 compiled", *_SIX) for model in ("tiny-qwen3-int8", "tiny-llama-gptq", "tiny-qwen3-w4a16")
+    ("GPTQ, with tensor parallelism", "cpu"): (
+        ("tiny-llama-gptq bf16 TP 2", *_SIX),
+        ("tiny-llama-gptq bf16 TP 2 compiled", *_SIX),
+    ),
+    ("compressed-tensors W4A16, with tensor parallelism", "cpu"): (
+        ("tiny-qwen3-w4a16 bf16 TP 2", *_SIX),
+        ("tiny-qwen3-w4a16 bf16 TP 2 compiled", *_SIX),
     ),
     ("AWQ, with tensor parallelism", "cuda"): (
         ("Qwen3-8B AWQ, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
@@ -275,6 +323,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("FP8 per channel, with tensor parallelism", "cuda"): (
         ("Qwen3-8B FP8 channel, 2 layers, TP 2", *_RANKS, "decode = prefill", "restart"),
+        ("Qwen3-8B FP8 channel, 2 layers, TP 2, compiled", *_WHOLE),
     ),
     ("FP8 blocks of 128 x 128, with tensor parallelism", "cuda"): (
         ("Qwen3-8B FP8 block, 2 layers, TP 2", *_RANKS, "decode = prefill"),
@@ -298,9 +347,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("compressed-tensors W4A16, with tensor parallelism", "cuda"): (
         ("Qwen3-8B W4A16, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-8B W4A16, 2 layers, TP 2, compiled", *_WHOLE),
     ),
     ("FP8 per channel, with experts, with tensor parallelism", "cuda"): (
         ("Qwen3-30B-A3B FP8 channel experts, 2 layers, TP 2", *_RANKS, "decode = prefill"),
+        ("Qwen3-30B-A3B FP8 channel experts, 2 layers, TP 2, compiled", *_WHOLE),
     ),
     ("several API servers (--api-server-count)", "cuda"): (
         (
@@ -318,6 +369,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("DeepSeek-V2-Lite*experts over 2 ranks", *_RANKS),
         ("DeepSeek-V2-Lite*experts over 2 ranks, compiled", *_RANKS),
         ("DeepSeek-V2-Lite*experts over 4 ranks, compiled", *_RANKS),
+        ("Qwen3-30B-A3B, 2 layers, experts over 4 ranks, compiled", *_WHOLE),
         (
             "Qwen3-30B-A3B*experts over 2 ranks, compiled",
             "batch size",
@@ -1045,6 +1097,9 @@ def test_the_files_hold_what_the_cell_says(name, platform, cell):
 
 _MODELS = {"Qwen3MoeForCausalLM": "Qwen3-30B-A3B", "DeepseekV2ForCausalLM": "DeepSeek-V2-Lite"}
 _MODELS |= {"MiniMaxM2ForCausalLM": "MiniMax-M2 FP8", "GptOssForCausalLM": "gpt-oss-20b MXFP4"}
+_MODELS |= {"DeepseekV3ForCausalLM": "DeepSeek-V3 small"}
+_MODELS = {name: f"{held}, 2 layers" for name, held in _MODELS.items()}
+_MODELS["Qwen3NextForCausalLM"] = "Qwen3-Next, 4 layers"
 
 
 @pytest.mark.parametrize("run", sorted(ranks.RUNS))
@@ -1052,15 +1107,16 @@ def test_each_run_of_ranks_has_a_file(run):
     """Eager engines are compared by axes of their own, or with a compiled engine."""
     architecture, tensor, data, whole, compiled = run
     if data > 1:
-        ranks_of, axes = f"DP {data}{', experts over ranks' if whole else ''}", _STEPS
+        sizes = f"DP {data}" + f" x TP {tensor}" * (tensor > 1)
+        ranks_of, axes = f"{sizes}{', experts over ranks' if whole else ''}", _STEPS
     else:
         ranks_of, axes = f"experts over {tensor} ranks" if whole else f"TP {tensor}", ("batch size", "chunk budget")
     together = not compiled and not whole
     ends = ["compiled"] if compiled or together else [""]
-    names = [f"{_MODELS[architecture]}, 2 layers, {ranks_of}{gap}{end}" for end in ends for gap in (", ", " ")]
+    names = [f"{_MODELS[architecture]}, {ranks_of}{gap}{end}" for end in ends for gap in (", ", " ")]
     entries = [(name.rstrip(", "), "eager and compiled") if together else (name.rstrip(", "), *axes) for name in names]
     if not compiled:
-        entries.append((f"{_MODELS[architecture]}, 2 layers, {ranks_of}", *axes))
+        entries.append((f"{_MODELS[architecture]}, {ranks_of}", *axes))
     files = [file.name for file in RESULTS.glob("invariance-*-h200-ranks-vllm-0.33.0*.json")]
     assert any(holds(file, entry) for file in files for entry in entries)
 
