@@ -215,7 +215,7 @@ FAMILIES: tuple[Feature, ...] = (
             refused("quantized experts", releases="<0.33"),
             served(
                 "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json",
-                "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json",
+                "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json",
                 why="two layers of its sizes with random weights, compiled and in eager mode; the whole model needs "
                 "several GPUs, which is untried",
             ),

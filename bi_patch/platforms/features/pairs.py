@@ -440,7 +440,14 @@ PAIRS: tuple[Feature, ...] = (
     row(
         f"an FP8 KV cache with {_BLOCKS}, or {_NVFP4}, compiled",
         cpu=_REFUSED,
-        cuda=(untried("measured in eager mode", releases=">=0.33"), _REFUSED),
+        cuda=(
+            served(
+                "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json",
+                why="two layers of Qwen3-8B's sizes",
+                releases=">=0.33",
+            ),
+            _REFUSED,
+        ),
         ascend=_REFUSED,
         asked=_eighth_compiled,
     ),

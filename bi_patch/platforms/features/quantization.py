@@ -22,18 +22,23 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "AutoRound (INC), 4 bits in the packing of GPTQ",
         kinds.tool("inc", lambda s: kinds.packed(s) and s.weight == "int4" and not s.zeros),
-        cells.cuda(cells.layers("Qwen3-8B")),
+        cells.cuda(cells.layers("Qwen3-8B", files=(cells.NEW_EAGER, cells.TODAY))),
     ),
     ("AutoRound (INC), 8 bits or in the packing of AWQ", kinds.tool("inc", kinds.packed), cells.cuda(cells.TRIAL)),
     (
         "ModelOpt: FP8 per tensor, static activations",
         kinds.tool("modelopt", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES)),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.TODAY))),
     ),
     (
-        "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone",
-        kinds.tool("modelopt", kinds.by_token, kinds.blocks, kinds.nvfp4),
+        "ModelOpt: FP8 per channel or in blocks",
+        kinds.tool("modelopt", kinds.by_token, kinds.blocks),
         cells.cuda(cells.TRIAL),
+    ),
+    (
+        "ModelOpt: NVFP4 weights alone",
+        kinds.tool("modelopt", kinds.nvfp4),
+        cells.NO_KERNEL | {"cuda": cells.NVFP4_MODELOPT},
     ),
     (
         "ModelOpt: NVFP4 weights and activations",
@@ -43,18 +48,18 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "Quark: FP8 per tensor, static activations",
         kinds.tool("quark", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES)),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.TODAY))),
     ),
     ("Quark: FP8 per channel", kinds.tool("quark", kinds.static, kinds.by_token), cells.cuda(cells.TRIAL)),
     (
         "Quark: NVFP4 weights and activations",
         kinds.tool("quark", kinds.nvfp4_rows),
-        cells.NO_KERNEL | {"cuda": cells.NVFP4_ROWS_EAGER},
+        cells.NO_KERNEL | {"cuda": cells.NVFP4_ROWS_QUARK},
     ),
     (
         "INT8 weights and activations (compressed-tensors W8A8)",
         lambda s: kinds.int8(s, TOKEN, static=False),
-        cells.ON_CPU | {"cuda": cells.PACKED},
+        cells.ON_CPU | {"cuda": cells.INT8},
     ),
     (
         "INT8 weights, static INT8 activations",
@@ -64,17 +69,17 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "AWQ, 4 bits",
         kinds.int4("awq"),
-        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS, cells.AXES)},
+        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS)},
     ),
     (
         "GPTQ, 4 bits",
         kinds.int4("gptq"),
-        cells.ON_CPU | {"cuda": cells.four(cells.EAGER, cells.GRAPHS, cells.AXES)},
+        cells.ON_CPU | {"cuda": cells.four(cells.EAGER)},
     ),
     (
         "compressed-tensors W4A16",
         kinds.int4("compressed-tensors"),
-        cells.ON_CPU | {"cuda": cells.four(cells.FOUR_BITS)},
+        cells.ON_CPU | {"cuda": cells.four()},
     ),
     (
         "GPTQ and compressed-tensors with act-order",
@@ -95,13 +100,12 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "FP8 in blocks of 128 x 128",
         kinds.blocks,
-        cells.cuda(cells.layers("Qwen3-8B and MiniMax-M2", files=(cells.H200, cells.NEW_GRAPHS, cells.AXES)))
-        | cells.WITH_AMX,
+        cells.cuda(cells.layers("Qwen3-8B and MiniMax-M2", files=(cells.H200, cells.TODAY))) | cells.WITH_AMX,
     ),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         kinds.by_token,
-        cells.cuda(cells.layers("Qwen3-8B", files=(cells.H200, cells.AXES))),
+        cells.cuda(cells.layers("Qwen3-8B", files=(cells.H200, cells.TODAY))),
     ),
     (
         "FP8 per tensor, static activations (method fp8)",
@@ -214,6 +218,7 @@ def _compiled(config: Any) -> str:
 # Rows whose schemes a run on CUDA had in compiled code.
 _COMPILED_RUNS = (
     "INT8 weights and activations (compressed-tensors W8A8)",
+    "INT8 weights, static INT8 activations",
     "AWQ, 4 bits",
     "GPTQ, 4 bits",
     "compressed-tensors W4A16",
@@ -223,7 +228,9 @@ _COMPILED_RUNS = (
     "MXFP4 (gpt-oss as published)",
     "NVFP4 weights alone (compressed-tensors)",
     "NVFP4 weights and activations (compressed-tensors)",
+    "ModelOpt: NVFP4 weights alone",
     "ModelOpt: NVFP4 weights and activations",
+    "Quark: NVFP4 weights and activations",
     "FP8 in blocks of 128 x 128",
     "FP8 per channel or tensor, activations per token (compressed-tensors)",
     "FP8 per tensor, dynamic activations",
@@ -314,16 +321,14 @@ QUANTIZATION: tuple[Feature, ...] = (
         "quantized weights of a checkpoint, compiled",
         cpu=served(cells.CPU_RUN),
         cuda=served(
-            cells.RUN,
             cells.BESIDE,
-            cells.GRAPHS,
+            cells.TODAY,
+            cells.OWN_EXPERTS,
             cells.NEW_GRAPHS,
-            cells.AXES,
             cells.OSS_RUN,
-            cells.NVFP4_RUN,
             cells.ROWS_GRAPHS,
             cells.NVFP4_EXPERTS_RUN,
-            why="AWQ, GPTQ, W4A16, W8A16, INT8 with dynamic and FP8 with static and dynamic activations, NVFP4 "
+            why="AWQ, GPTQ, W4A16, W8A16, INT8 and FP8 with static and dynamic activations, NVFP4 "
             "weights, and experts of 4 bits, in MXFP4, in NVFP4 and in FP8",
         ),
         ascend=cells.NONE,

@@ -9,6 +9,7 @@ REFUSED = {"cpu": NONE, "cuda": NONE, "ascend": NONE}
 NO_KERNEL = REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 BESIDE = "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json"  # compiled, most beside eager engines
+TODAY = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json"  # compiled, nine axes
 WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
@@ -19,15 +20,13 @@ COMPILED = served(H200, why="two layers of published sizes, compiled and in eage
 TRIAL = untried("nobody has compared an engine's bits yet", releases=">=0.33")
 NEW_EAGER = "invariance-2026-11-30-h200-quantized-vllm-0.33.0.json"
 NEW_GRAPHS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-2.json"
-AXES = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-3.json"
 CUT = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-4.json"  # compiled, without an eager engine beside
 WIDE = "invariance-2026-11-30-h200-channel-experts-vllm-0.33.0-3.json"
 BLOCKS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0.json"
-BLOCKS_GRAPHS = "invariance-2026-11-30-h200-block-experts-vllm-0.33.0-2.json"  # without an eager engine beside
 OWN_EXPERTS = "invariance-2026-11-30-h200-quantized-vllm-0.33.0-6.json"  # of 4 bits, on the bundled kernel
 
 
-EARLIER_SCALES = "compiled and in eager mode, with an earlier order of the scales"
+EARLIER_SCALES = "compiled and beside an eager engine; more axes in eager mode with an earlier order of the scales"
 
 
 def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[str, ...] = ()) -> Cell:
@@ -35,8 +34,15 @@ def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[
     return served(*(files or (NEW_EAGER, NEW_GRAPHS)), why=f"two layers of {sizes}'s sizes, {how}", releases=">=0.33")
 
 
-RUN = "invariance-2026-11-29-h200-quantized-vllm-0.33.0.json"
-PACKED = (served(RUN, why="two layers of Qwen3-8B's sizes, compiled and in eager mode", releases=">=0.33"), NONE)
+INT8 = (
+    served(
+        "invariance-2026-11-30-h200-gated-vllm-0.33.0-2.json",
+        TODAY,
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
+        releases=">=0.33",
+    ),
+    NONE,
+)
 STATIC_RUN = "invariance-2026-11-30-h200-static-vllm-0.33.0.json"
 STATIC = (
     served(
@@ -49,13 +55,13 @@ STATIC = (
 )
 FOUR_BITS = "invariance-2026-11-29-h200-four-bits-vllm-0.33.0.json"
 EAGER = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-5.json"
-GRAPHS = "invariance-2026-11-29-h200-quantized-vllm-0.33.0-6.json"
 
 
 def four(*files: str) -> tuple[Cell, ...]:
-    """4-bit weights."""
-    why = "two layers of Qwen3-8B's sizes, compiled and in eager mode; before the forms for few rows that serve now"
-    return served(*files, RUN, why=why, releases=">=0.33"), NONE
+    """4-bit weights. files: of an earlier run in eager mode."""
+    why = "two layers of Qwen3-8B's sizes, compiled and beside an eager engine"
+    why += "; more axes in eager mode before the forms for few rows that serve now" if files else ""
+    return served(*files, TODAY, why=why, releases=">=0.33"), NONE
 
 
 LATER = (
@@ -78,7 +84,8 @@ EIGHT_BITS = (
 INT8_STATIC = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
-        why="two layers of Qwen3-8B's sizes, in eager mode",
+        TODAY,
+        why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,
@@ -93,17 +100,22 @@ OSS = (
     NONE,
 )
 BOTH = (
-    served(EAGER, GRAPHS, why=f"two layers of Qwen3-8B's sizes, {EARLIER_SCALES}", releases=">=0.33"),
+    served(EAGER, TODAY, why=f"two layers of Qwen3-8B's sizes, {EARLIER_SCALES}", releases=">=0.33"),
     NONE,
 )
-NVFP4_RUN = "invariance-2026-11-30-h200-nvfp4-vllm-0.33.0.json"
 NVFP4 = (
     served(
         "invariance-2026-11-30-h200-nvfp4-vllm-0.33.0-2.json",
-        "invariance-2026-11-30-h200-quantized-vllm-0.33.0-7.json",
-        NVFP4_RUN,
-        why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode; prefix cache and chunk "
-        "budget compiled before weights were dequantized for prompts",
+        TODAY,
+        why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode",
+        releases=">=0.33",
+    ),
+    NONE,
+)
+NVFP4_MODELOPT = (
+    served(
+        TODAY,
+        why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode",
         releases=">=0.33",
     ),
     NONE,
@@ -115,10 +127,13 @@ NVFP4_ROWS = (
     served(ROWS_EAGER, ROWS_GRAPHS, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"),
     NONE,
 )
-NVFP4_ROWS_EAGER = (served(ROWS_EAGER, why=f"{_IN_BF16}, in eager mode", releases=">=0.33"), NONE)
+NVFP4_ROWS_QUARK = (served(ROWS_EAGER, TODAY, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"), NONE)
 NVFP4_EXPERTS_RUN = "invariance-2026-11-30-h200-nvfp4-experts-vllm-0.33.0.json"
 NVFP4_EXPERTS = layers(
     "Qwen3-30B-A3B", how="compiled and in eager mode; of ModelOpt in eager mode", files=(NVFP4_EXPERTS_RUN,)
+)
+NVFP4_ROWS_EXPERTS = layers(
+    "Qwen3-30B-A3B", how="compiled and in eager mode; activations in bf16; not of ModelOpt", files=(TODAY,)
 )
 Cells = dict[str, Cell | tuple[Cell, ...]]
 

@@ -111,7 +111,7 @@ def _by_wna16(config: Any) -> str:
 
 
 # Kinds of experts that a run on CUDA had in compiled code.
-COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros, _nvfp4)
+COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros, _nvfp4, _nvfp4_rows)
 
 _BY_WNA16 = "invariance-2026-11-30-h200-moe-wna16-vllm-0.33.0.json"
 _OWN = cells.layers("Qwen3-30B-A3B", how="compiled, beside an eager engine", files=(cells.OWN_EXPERTS,))
@@ -122,8 +122,8 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         **cells.cuda(
             cells.layers(
                 "Qwen3-30B-A3B and MiniMax-M2",
-                how="compiled and in eager mode; MiniMax-M2, and both beside each other, on the kernel before",
-                files=(cells.BLOCKS, cells.BLOCKS_GRAPHS, cells.H200, cells.NEW_EAGER, cells.NEW_GRAPHS),
+                how="compiled and in eager mode; more axes of MiniMax-M2 in eager mode on the kernel before",
+                files=(cells.BLOCKS, cells.TODAY, cells.NEW_EAGER),
             )
         ),
         asked=quantized_experts(_blocks),
@@ -138,8 +138,8 @@ EXPERT_ROWS: tuple[Feature, ...] = (
         **cells.cuda(
             cells.layers(
                 "Qwen3-30B-A3B",
-                how="compiled and in eager mode; both beside each other on the tiles before",
-                files=(cells.WIDE, cells.BESIDE, cells.NEW_EAGER, cells.NEW_GRAPHS),
+                how="compiled and in eager mode",
+                files=(cells.WIDE, cells.TODAY),
             )
         ),
         asked=quantized_experts(_channels),
@@ -191,7 +191,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts in NVFP4, weights and activations (compressed-tensors, ModelOpt)",
-        **cells.NO_KERNEL | {"cuda": (cells.TRIAL, cells.NONE)},
+        **cells.NO_KERNEL | {"cuda": (cells.NVFP4_ROWS_EXPERTS, cells.NONE)},
         asked=quantized_experts(_nvfp4_rows),
     ),
     row("quantized experts", **cells.REFUSED, asked=quantized_experts(None)),

@@ -101,11 +101,9 @@ def test_a_scheme_that_ran_in_eager_mode_only_is_named_in_compiled_code():
     (row,) = (r for r in quantization.QUANTIZATION if r.name.endswith("in another scheme, compiled"))
     static = {"quant_method": "fp8", "activation_scheme": "static"}
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    eight = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
-    integers = {"quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"]}
-    integers["config_groups"] = {"a": {"weights": eight, "input_activations": eight, "targets": ["Linear"]}}
+    rounded = gptq | {"quant_method": "auto-round", "bits": 8, "packing_format": "auto_round:auto_gptq"}
     oss = {"quant_method": "mxfp4"}
-    for held, named in ((integers, True), (BLOCKS, False), (static, False), (gptq, False), (oss, False)):
+    for held, named in ((rounded, True), (BLOCKS, False), (static, False), (gptq, False), (oss, False)):
         config = latent("LlamaForCausalLM", False)
         config.model_config.hf_config.quantization_config = held
         config.model_config.quantization = held["quant_method"]

@@ -253,7 +253,7 @@ def test_experts_and_heads_have_rows_of_their_own():
     for four in (tensors(NVFP4, NVFP4_ROWS, **FLOATS), MODELOPT | {"quant_algo": "NVFP4"}):
         assert rows(four, is_moe=True)[1:] == [f"experts in NVFP4, weights and activations {tools}"]
     assert rows(quark([OF_GROUPS, OF_ALL], [OF_ROWS, OF_ALL]), is_moe=True)[1:] == ["quantized experts"]
-    for held, ran in ((tensors(NVFP4, **FLOATS), True), (tensors(NVFP4, NVFP4_ROWS, **FLOATS), False)):
+    for held, ran in ((tensors(NVFP4, **FLOATS), True), (tensors(NVFP4, NVFP4_ROWS, **FLOATS), True)):
         assert (BESIDE[1] in rows(held, is_moe=True, enforce_eager=False)) != ran  # compiled
     assert rows(GPTQ | {"lm_head": True}) == ["GPTQ, 4 bits", "quantized language-model head (GPTQ)"]
     assert rows(AWQ | {"lm_head": True}) == ["AWQ, 4 bits", "quantized language-model head (other methods)"]
@@ -287,7 +287,7 @@ def quark(weight, rows, **more):
 
 INC_ROW, INC_MORE = "AutoRound (INC), 4 bits in the packing of GPTQ", "AutoRound (INC), 8 bits or in the packing of AWQ"
 OPT_ROW = "ModelOpt: FP8 per tensor, static activations"
-OPT_MORE = "ModelOpt: FP8 per channel or in blocks, NVFP4 weights alone"
+OPT_MORE, OPT_ALONE = "ModelOpt: FP8 per channel or in blocks", "ModelOpt: NVFP4 weights alone"
 OPT_FOUR, QUARK_FOUR = (f"{tool}: NVFP4 weights and activations" for tool in ("ModelOpt", "Quark"))
 GROUPS = {"config_groups": {"group_0": {"weights": {"group_size": 16}, "targets": ["Linear"]}}}
 ROUNDED = {"config_groups": {"group_0": GROUPS["config_groups"]["group_0"] | {"input_activations": {"group_size": 16}}}}
@@ -307,10 +307,10 @@ QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8
         (MODELOPT, "modelopt", OPT_ROW),
         (MODELOPT | {"quant_algo": "fp8_pb_wo"}, "modelopt", OPT_MORE),
         (MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "modelopt", OPT_MORE),
-        (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}, "modelopt_fp4", OPT_MORE),
+        (MODELOPT | {"quant_algo": "W4A16_NVFP4", "group_size": 16}, "modelopt_fp4", OPT_ALONE),
         (MODELOPT | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_FOUR),
         (MODELOPT | ROUNDED | {"quant_algo": "nvfp4", "group_size": 16}, "modelopt_fp4", OPT_FOUR),
-        (MODELOPT | GROUPS | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_MORE),  # weights alone, as vLLM reads it
+        (MODELOPT | GROUPS | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_ALONE),  # weights alone, as vLLM reads it
         (MODELOPT | SOME_ROUNDED | {"quant_algo": "NVFP4"}, "modelopt_fp4", OPT_FOUR),
         (
             {
@@ -338,7 +338,7 @@ QUARK_ROW, QUARK_MORE = "Quark: FP8 per tensor, static activations", "Quark: FP8
                 "quantized_layers": {"a.q_proj": {"quant_algo": "FP8"}, "a.up_proj": {"quant_algo": "W4A16_NVFP4"}},
             },
             "modelopt_mixed",
-            (OPT_ROW, OPT_MORE),
+            (OPT_ROW, OPT_ALONE),
         ),
         (
             MODELOPT
@@ -361,7 +361,7 @@ def test_checkpoints_of_other_tools_have_rows_of_their_own(held, method, name):
     for row in (row for row in quantization.QUANTIZATION if row.name in names):
         cells = row.cell("cpu"), row.cell("ascend"), row.cell("cuda", Version("0.32.0"))
         assert {cell.state for cell in cells} == {"refused"}
-        measured = row.name in (INC_ROW, OPT_ROW, OPT_FOUR, QUARK_ROW, QUARK_FOUR)
+        measured = row.name in (INC_ROW, OPT_ROW, OPT_ALONE, OPT_FOUR, QUARK_ROW, QUARK_FOUR)
         assert row.cell("cuda", Version("0.33.0")).state == ("served" if measured else "untried")
 
 

@@ -47,6 +47,7 @@ _RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba", "Jamba", "LFM2")
 _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
+_NINE = (*_SIX, *_RESTARTED, "eager and compiled")
 _COMPILED_NVFP4 = ("batch size", "prefix cache", "chunk budget", "decode = prefill", "preemption", "eager and compiled")
 _LATE = ("batch size", "decode = prefill", *_RESTARTED)
 
@@ -725,33 +726,37 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Mamba 1, compiled", "cpu"): (("Mamba,* compiled", *_SIX), ("Falcon-Mamba,* compiled", *_SIX)),
     # Quantized weights.
     ("INT8 weights and activations (compressed-tensors W8A8)", "cpu"): (("*-int8 bf16", *_SIX),),
-    ("INT8 weights and activations (compressed-tensors W8A8)", "cuda"): (("* INT8,*", *_SIX, *_PUBLISHED),),
+    ("INT8 weights and activations (compressed-tensors W8A8)", "cuda"): (
+        ("* INT8,* eager", *_SIX),
+        ("* INT8, 2 layers", *_NINE),
+    ),
     ("INT8 weights, static INT8 activations", "cpu"): (("*-int8-static bf16", *_SIX),),
-    ("INT8 weights, static INT8 activations", "cuda"): (("* INT8 static,* eager", *_SIX),),
+    ("INT8 weights, static INT8 activations", "cuda"): (
+        ("* INT8 static,* eager", *_SIX),
+        ("* INT8 static, 2 layers", *_NINE),
+    ),
     ("AWQ, 4 bits", "cpu"): (("*-awq bf16", *_SIX),),
-    ("AWQ, 4 bits", "cuda"): (("* AWQ,*", *_SIX, *_PUBLISHED), ("* AWQ,* eager", *_SIX), ("* AWQ, 2 layers", *_LATE)),
+    ("AWQ, 4 bits", "cuda"): (("* AWQ,* eager", *_SIX), ("* AWQ, 2 layers", *_NINE)),
     ("GPTQ, 4 bits", "cpu"): (("*-gptq bf16", *_SIX),),
     ("GPTQ, 4 bits", "cuda"): (
-        ("* GPTQ,*", *_SIX, *_PUBLISHED),
         ("* GPTQ,* eager", *_SIX),
-        ("* GPTQ, 2 layers", *_SIX),
-        ("* GPTQ, 2 layers", *_LATE),
+        ("* GPTQ, 2 layers", *_NINE),
     ),
     ("compressed-tensors W4A16", "cpu"): (("*-w4a16 bf16", *_SIX), ("*-w4a16-zeros bf16", *_SIX)),
-    ("compressed-tensors W4A16", "cuda"): (("* W4A16,*", *_SIX, *_PUBLISHED),),
+    ("compressed-tensors W4A16", "cuda"): (("* W4A16, 2 layers", *_NINE),),
     ("8-bit weights alone (GPTQ, compressed-tensors W8A16)", "cuda"): (
         ("* W8A16,* eager", *_SIX),
         ("* W8A16, 2 layers", *_PUBLISHED, *_RESTARTED),
     ),
     ("FP8 in blocks of 128 x 128", "cpu"): (("*-fp8-blocks bf16", *_SIX),),
     ("FP8 in blocks of 128 x 128", "cuda"): (
-        ("* FP8 block,*", *_SIX),
-        ("* FP8 block, 2 layers", "batch size", "decode = prefill"),
-        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+        ("* FP8 block,* eager", *_SIX),
+        ("* FP8 block, 2 layers", *_NINE),
+        ("MiniMax-M2 FP8, 2 layers", *_NINE),
     ),
     ("FP8 per channel or tensor, activations per token (compressed-tensors)", "cuda"): (
-        ("* FP8 channel,*", *_SIX),
-        ("* FP8 channel, 2 layers", *_LATE),
+        ("* FP8 channel,* eager", *_SIX),
+        ("* FP8 channel, 2 layers", *_NINE),
     ),
     **{
         (row, "cuda"): (
@@ -767,10 +772,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         )
     },
     ("experts in FP8 per channel, activations per token (compressed-tensors, as GLM-4.6)", "cuda"): (
-        ("* FP8 channel experts, 2 layers, eager", *_SIX, *_RESTARTED),
-        ("* FP8 channel experts, 2 layers", *_SIX, *_PUBLISHED),
         ("* FP8 channel experts, 2 layers, eager", *_SIX),
-        ("* FP8 channel experts, 2 layers", "batch size", "decode = prefill"),
+        ("* FP8 channel experts, 2 layers", *_NINE),
     ),
     ("experts in FP8 with one scale each (method fp8)", "cuda"): (
         ("* FP8 tensor experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
@@ -806,9 +809,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("NVFP4 weights alone (compressed-tensors)", "cuda"): (
         ("* NVFP4,* eager", *_SIX),
-        ("* NVFP4, 2 layers, compiled", "prefix cache", "chunk budget", "preemption", "eager and compiled"),
-        ("* NVFP4, 2 layers", "batch size", "mixed lengths", "co-batch contents", "decode = prefill"),
-        ("* NVFP4, 2 layers, compiled, prompts dequantized", *_RESTARTED, *_PUBLISHED),
+        ("* NVFP4, 2 layers", *_NINE),
     ),
     **{
         (name, "cuda"): (
@@ -820,15 +821,26 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             ("ModelOpt: NVFP4 weights and activations", "ModelOpt NVFP4 W4A4"),
         )
     },
-    ("Quark: NVFP4 weights and activations", "cuda"): (("Qwen3-8B Quark NVFP4 W4A4, 2 layers, eager", *_SIX),),
+    ("ModelOpt: NVFP4 weights alone", "cuda"): (
+        ("Qwen3-8B ModelOpt NVFP4, 2 layers, eager", *_SIX),
+        ("Qwen3-8B ModelOpt NVFP4, 2 layers", *_NINE),
+    ),
+    ("Quark: NVFP4 weights and activations", "cuda"): (
+        ("Qwen3-8B Quark NVFP4 W4A4, 2 layers, eager", *_SIX),
+        ("Qwen3-8B Quark NVFP4 W4A4, 2 layers", *_NINE),
+    ),
     ("experts in NVFP4, weights alone (compressed-tensors, ModelOpt)", "cuda"): (
         ("* NVFP4 experts, 2 layers, eager", *_SIX),
         ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
         ("* ModelOpt NVFP4 experts, 2 layers, eager", "batch size", "mixed lengths", "decode = prefill"),
     ),
+    ("experts in NVFP4, weights and activations (compressed-tensors, ModelOpt)", "cuda"): (
+        ("* NVFP4 W4A4 experts, 2 layers, eager", *_SIX),
+        ("* NVFP4 W4A4 experts, 2 layers", *_NINE),
+    ),
     ("FP8 per channel or tensor, static activations (other methods)", "cuda"): (
         ("* FP8 static, compressed-tensors,* eager", *_SIX),
-        ("* FP8 static, compressed-tensors, 2 layers", *_SIX),
+        ("* FP8 static, compressed-tensors, 2 layers", *_NINE),
     ),
     **{
         (name, "cuda"): (("gpt-oss-20b MXFP4, 2 layers", *_SIX, "preemption", "eager and compiled"),)
@@ -836,9 +848,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     },
     ("experts in FP8 blocks of 128 x 128", "cuda"): (
         ("* FP8 block experts, 2 layers, eager", *_SIX),
-        ("* FP8 block experts, 2 layers", "batch size", "decode = prefill"),
-        ("* FP8 block experts,*", *_SIX),
-        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+        ("* FP8 block experts, 2 layers", *_NINE),
+        ("MiniMax-M2 FP8, 2 layers", *_NINE),
         ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
     ),
     ("FP8 blocks of 128 x 128 in DeepSeek V3 (MLA)", "cuda"): (("DeepSeek-V3 FP8 block,*", *_MLA),),
@@ -847,20 +858,34 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "fp8-blocks")
     ),
     ("quantized weights of a checkpoint, compiled", "cuda"): tuple(
-        (f"* {scheme},*", *_PUBLISHED) for scheme in ("AWQ", "GPTQ", "W4A16", "W8A16", "INT8", "FP8 static")
+        (f"* {scheme},*", *_PUBLISHED) for scheme in ("W8A16", "FP8 static")
     )
     + tuple(
-        (f"* {scheme}, 2 layers", *_SIX)
-        for scheme in ("NVFP4", "FP8 static, compressed-tensors", "MXFP4", "W4A16 experts", "GPTQ experts")
+        (f"* {scheme}, 2 layers", *_NINE)
+        for scheme in (
+            "AWQ",
+            "GPTQ",
+            "W4A16",
+            "INT8",
+            "INT8 static",
+            "NVFP4",
+            "FP8 channel experts",
+            "FP8 block experts",
+            "NVFP4 W4A4 experts",
+            "FP8 block",
+            "FP8 channel",
+            "FP8 static, compressed-tensors",
+            "ModelOpt FP8",
+            "Quark FP8",
+            "AutoRound",
+            "Quark NVFP4 W4A4",
+            "ModelOpt NVFP4",
+        )
     )
-    + tuple(
-        (f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED)
-        for scheme in ("FP8 tensor", "AutoRound", "ModelOpt FP8", "Quark FP8", "FP8 channel experts", "AWQ experts")
-    )
+    + tuple((f"* {scheme}, 2 layers", *_SIX) for scheme in ("MXFP4", "W4A16 experts", "GPTQ experts"))
+    + tuple((f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED) for scheme in ("FP8 tensor", "AWQ experts"))
     + (
-        ("* FP8 channel, 2 layers", *_LATE),
         ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
-        ("* NVFP4, 2 layers, compiled", "prefix cache", "preemption", "eager and compiled"),
         ("Qwen3-8B NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
         ("Qwen3-8B ModelOpt NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
     ),
@@ -905,6 +930,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("an FP8 KV cache with NVFP4 weights in dense models", "cuda"): (
         ("* ModelOpt NVFP4 W4A4 and KV cache,* eager", *_SIX),
     ),
+    (
+        "an FP8 KV cache with FP8 blocks of 128 x 128 in dense models, or NVFP4 weights in dense models, compiled",
+        "cuda",
+    ): tuple((f"Qwen3-8B {scheme} and KV cache, 2 layers", *_NINE) for scheme in ("FP8 block", "ModelOpt NVFP4 W4A4")),
     ("an FP8 KV cache with FP8 weights per channel", "cuda"): (
         ("* FP8 channel and KV cache,* eager", *_SIX),
         ("* KV cache per head, 2 layers", *_PUBLISHED, *_RESTARTED),
@@ -1012,7 +1041,7 @@ FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("Kimi K2 in bf16", "cuda"): (("Kimi K2, eager", *_FIVE), ("Kimi K2", *_MLA)),
     ("MiniCPM3, which vLLM runs as ordinary attention", "cuda"): (("MiniCPM3, eager", *_SIX), ("MiniCPM3", *_SIX)),
     ("layers of MiniMax-M2 (FP8 blocks)", "cuda"): (
-        ("MiniMax-M2 FP8, 2 layers", *_SIX, *_PUBLISHED),
+        ("MiniMax-M2 FP8, 2 layers", *_NINE),
         ("MiniMax-M2 FP8,* eager", *_SIX, *_RESTARTED),
     ),
     ("layers of GLM-4.6 (FP8 per channel)", "cuda"): (
