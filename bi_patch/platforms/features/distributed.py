@@ -170,7 +170,9 @@ DISTRIBUTED: tuple[Feature, ...] = (
                 _H200_RANKS,
                 _H200_SHARED,
                 _H200_RANKS_MORE,
-                why="two and four ranks, compiled over peer memory, also with experts; two with MLA, and over NCCL",
+                _H200_FOUR,
+                why="two and four ranks over peer memory, compiled and in eager mode, also with experts; two with MLA, "
+                "and over NCCL",
             ),
         ),
         ascend=untried(NO_NPU),
@@ -250,7 +252,11 @@ DISTRIBUTED: tuple[Feature, ...] = (
         cpu=served(_CPU_RANKS, _CPU_REPLICAS, why="two and four ranks, in eager mode; four compiled, too"),
         cuda=(
             untried("the ranks are independent engines", releases="<0.33"),
-            served(_H200_SHARED, why="two ranks, compiled"),
+            served(
+                _H200_SHARED,
+                _H200_FOUR,
+                why="two ranks, compiled; with two tensor-parallel ranks each, also in eager mode",
+            ),
         ),
         ascend=refused(NO_SEAM),
         asked=_plain_data_parallel("data parallelism over 1"),

@@ -209,6 +209,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* TP 2 compiled", *_SIX, "eager and compiled"),
         ("* TP 2 without peer memory", "batch size", "decode = prefill"),
         ("Qwen3-30B-A3B*TP 2 compiled", "batch size", "prefix cache", "decode = prefill", "eager and compiled"),
+        *_modes("Qwen3-8B FP8 block, 2 layers, TP 4", *_WHOLE),
+        ("Qwen3-30B-A3B, 2 layers, TP 4", *_WHOLE),
     ),
     ("equal bits for every tensor-parallel size (BI_PATCH_TP_INVARIANT)", "cuda"): (
         ("* TP 1 and 2 equal", *_EQUAL),
@@ -274,7 +276,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* DP 4", *_REPLICAS),
         ("* DP 4 compiled", *_REPLICAS),
     ),
-    ("data parallelism of models without experts", "cuda"): (("* DP 2 compiled", "batch size", "one by one"),),
+    ("data parallelism of models without experts", "cuda"): (
+        ("* DP 2 compiled", "batch size", "one by one"),
+        ("Qwen3-8B, 4 layers, DP 2 x TP 2", "batch size", "one by one"),
+    ),
     ("data parallelism of MoE models", "cuda"): (
         ("Qwen3-30B-A3B*DP 2, compiled", *_STEPS),
         ("Qwen3-30B-A3B*DP 2, experts over ranks, compiled", *_STEPS),
