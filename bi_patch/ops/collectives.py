@@ -6,14 +6,14 @@ It depends on the number of ranks alone. Two values have one sum only, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from bi_patch.ops import bits
 
 # Bytes. The sizes at which libraries change the order lie far below; a larger message would take memory from a trainer.
-_LARGEST = 1 << 28
+LARGEST = 1 << 28
 
 
 def in_rank_order(parts: torch.Tensor) -> torch.Tensor:
@@ -54,12 +54,56 @@ def moved(
     row = every[rank : rank + 1].to(device)
     first = None
     alone = in_rank_order(every[:, None]).to(device) if ordered else all_reduce(row.clone())
-    for rows in lengths(max(1, min(most, _LARGEST // (width * row.element_size())))):
+    for rows in lengths(max(1, min(most, LARGEST // (width * row.element_size())))):
         # A rank that stopped here would let the others wait.
         total = all_reduce(row.repeat(rows, 1))
         if bits.differing(total, alone.expand(rows, width)) and first is None:
             first = rows
     return first
+
+
+def unlike(
+    one: Callable[[torch.Tensor], torch.Tensor],
+    other: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    rank: int,
+    lengths: Iterable[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> int | None:
+    """The first number of elements whose sum over two ranks has other bits in one way than in the other, or None.
+
+    Both ranks call it at the same time. Parts are random bits, so that all exponents, subnormals, infinities and NaNs
+    occur. Both ends of a message hold each pair of some special numbers.
+
+    one, other: x [n] -> its sum over the ranks [n]. rank: 0 or 1. lengths: the numbers of elements to try. dtype: bf16,
+    fp16 or fp32.
+    """
+    ends, first = _special(dtype)[rank].to(device), None
+    for length in lengths:
+        x = _random_bits(length, rank, dtype, device)
+        x[: len(ends)] = ends[:length]
+        x[-len(ends) :] = ends[-length:]
+        # A rank that stopped here would let the other one wait.
+        if bits.differing(one(x), other(x)) and first is None:
+            first = length
+    return first
+
+
+def _special(dtype: torch.dtype) -> torch.Tensor:
+    """[2, pairs]: each pair of zeros, subnormals, numbers beside 1 and the largest, infinities, NaN, of both signs."""
+    limits = torch.finfo(dtype)
+    eps, least, largest = limits.eps, limits.smallest_normal, limits.max
+    found = [0.0, least * eps, least * (1 - eps), least, least * (1 + eps), eps / 2, 0.75 * eps, 1.0, 1.0 + eps]
+    found += [largest * eps / 4, largest / 2, largest, float("inf"), float("nan")]
+    both = torch.tensor([*found, *(-x for x in found)], dtype=torch.float64).to(dtype)
+    return torch.stack([both.repeat_interleave(len(both)), both.repeat(len(both))])
+
+
+def _random_bits(length: int, rank: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    integer, end = {2: (torch.int16, 1 << 15), 4: (torch.int32, 1 << 31)}[dtype.itemsize]
+    generator = torch.Generator(device).manual_seed(rank)
+    return torch.empty(length, dtype=integer, device=device).random_(-end, end, generator=generator).view(dtype)
 
 
 def moved_slices(
@@ -82,7 +126,7 @@ def moved_slices(
     every = _rows(ranks, width).to(dtype)
     row, want = every[rank : rank + 1].to(device), in_rank_order(every[:, None]).to(device)
     first = None
-    for rows in lengths(max(1, min(most, _LARGEST // (ranks * width * row.element_size())))):
+    for rows in lengths(max(1, min(most, LARGEST // (ranks * width * row.element_size())))):
         for sizes in ([rows] * ranks, [max(1, rows * (r + 1) // ranks) for r in range(ranks)]):
             got = reduce_scatter(row.repeat(sum(sizes), 1), sizes)
             if bits.differing(got, want.expand(sizes[rank], width)) and first is None:

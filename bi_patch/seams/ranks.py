@@ -12,20 +12,20 @@ _FEW = 65  # rows of a width that no layer has
 
 
 def closing(
-    name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None = None
+    name: str, ordered: bool, todo: str, begin: Callable[[Any, Any], None] | None = None
 ) -> Callable[[Any], Any]:
     """`close` of a seam on init_worker_distributed_environment: after it, sums over ranks are checked bitwise.
 
     name: the seam's name, for the error. ordered: the sums must be those in rank order. todo: what the error advises.
-    covers: (VllmConfig, vLLM's group of tensor-parallel ranks) -> None; it raises UnsupportedFeature for several ranks
-    whose sums no run of an engine has shown.
+    begin: (VllmConfig, vLLM's group of tensor-parallel ranks) -> None, before several ranks are checked. It makes their
+    certificates, and raises UnsupportedFeature for ranks whose sums no run of an engine has shown.
     """
 
     def close(original):
         @functools.wraps(original)
         def init_worker_distributed_environment(vllm_config, *args, **kwargs):
             result = original(vllm_config, *args, **kwargs)
-            _check(vllm_config, name, ordered, todo, covers)
+            _check(vllm_config, name, ordered, todo, begin)
             return result
 
         return init_worker_distributed_environment
@@ -33,7 +33,7 @@ def closing(
     return close
 
 
-def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[Any, Any], None] | None) -> None:
+def _check(config: Any, name: str, ordered: bool, todo: str, begin: Callable[[Any, Any], None] | None) -> None:
     from vllm.distributed.parallel_state import get_tp_group, get_world_group
 
     world = get_world_group()
@@ -42,8 +42,8 @@ def _check(config: Any, name: str, ordered: bool, todo: str, covers: Callable[[A
     group = get_tp_group()
     # All ranks agree after each check: one that stopped alone would leave the ranks of other groups waiting.
     if group.world_size > 1:
-        if covers is not None:
-            agreement.together(world, _refusal(covers, config, group))
+        if begin is not None:
+            agreement.together(world, _moves(begin, config, group))
         agreement.together(world, _moves(_whole, config, group, name, ordered, todo))
     sharing = _sharing(config)
     if sharing is not None:
@@ -119,7 +119,7 @@ def _same(name: str, group: Any, made: list[Any]) -> None:
 def _slices(config: Any, group: Any, name: str, todo: str) -> None:
     from bi_patch.ops import collectives
 
-    width, most, dtype = _messages(config, False)[0]
+    width, most, dtype = messages(config, False)[0]
     sizes = collectives.moved_slices(
         lambda rows, sizes: group.reduce_scatterv(rows, 0, sizes),
         rank=group.rank_in_group,
@@ -159,7 +159,7 @@ def _moved(config: Any, group: Any, ordered: bool) -> Iterator[tuple[int | None,
     """For each kind of message: the smallest number of rows that are added otherwise, or None, and their width."""
     from bi_patch.ops import collectives
 
-    for width, most, dtype in _messages(config, ordered):
+    for width, most, dtype in messages(config, ordered):
         moved = collectives.moved(
             group.all_reduce,
             rank=group.rank_in_group,
@@ -173,7 +173,7 @@ def _moved(config: Any, group: Any, ordered: bool) -> Iterator[tuple[int | None,
         yield moved, width
 
 
-def _messages(config: Any, ordered: bool) -> list[tuple[int, int, Any]]:
+def messages(config: Any, ordered: bool) -> list[tuple[int, int, Any]]:
     """(elements in a row, the largest number of rows, dtype) of the messages that the check sends."""
     import torch
 

@@ -3,9 +3,12 @@
 vLLM's one-stage all-reduce: each rank reads all parts over peer memory and adds them from rank 0 on, in fp32, rounded
 once. It takes messages of whole 16-byte lines, so others are filled up with zeros.
 
+Of two ranks, NCCL may add messages that exceed vLLM's buffer of peer memory (Adder): two parts have one sum only, since
+a + b = b + a. Without a certificate, the one-stage all-reduce adds such messages in pieces.
+
 Where it is off, NCCL carries the parts and the bundled kernel adds them. One-shot, for small messages: every rank gets
 all parts. Two-shot, for large ones: each rank gets its slice of all parts, adds them, and the slices are gathered. NCCL
-itself adds nothing, so it may run at full speed. The bits are the same in every case.
+itself adds nothing there, so it may run at full speed. The bits are the same in every case.
 
 Ranks that share experts' rows keep a slice of the sum each (reduce_scatter). A slice has the bits of the whole sum, so
 which rank owns a row changes none.
@@ -13,7 +16,7 @@ which rank owns a row changes none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +40,30 @@ class Carrier:
     exchange: Callable[[torch.Tensor, torch.Tensor | Sequence[torch.Tensor]], object]
 
 
-def all_reduce(x: torch.Tensor, own: Any | None, carrier: Carrier) -> torch.Tensor:
+@dataclass(frozen=True)
+class Adder:
+    """NCCL as it adds the parts of two ranks, as far as a certificate goes.
+
+    add: x -> its sum over two ranks, as a new tensor. most: for each certified dtype, the bytes of the largest message.
+    """
+
+    add: Callable[[torch.Tensor], torch.Tensor]
+    most: Mapping[torch.dtype, int]
+
+    def serves(self, x: torch.Tensor, own: Any) -> bool:
+        """Whether x exceeds the buffer of `own`, vLLM's CustomAllreduce, and has a certificate.
+
+        No certificate runs in a CUDA graph, where NCCL may choose another way.
+        """
+        within = own.max_size < x.nbytes <= self.most.get(x.dtype, 0)
+        return within and x.is_contiguous() and not torch.cuda.is_current_stream_capturing()
+
+
+def all_reduce(x: torch.Tensor, own: Any | None, carrier: Carrier, adder: Adder | None = None) -> torch.Tensor:
     """The sum of x (bf16, fp16 or fp32, of any shape) over ranks, as a new tensor. own: vLLM's CustomAllreduce."""
     if own is not None and not own.disabled:
+        if adder is not None and adder.serves(x, own):
+            return adder.add(x)
         if (total := own.custom_all_reduce(x) if own.should_custom_ar(x) else _filled_up(x, own)) is not None:
             return total
     from bi_patch.kernels.triton.ranks import rank_sum

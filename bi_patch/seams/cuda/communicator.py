@@ -1,9 +1,9 @@
 """Sums over ranks on CUDA: in rank order, in fp32, rounded once, for every size of a message.
 
 vLLM 0.32 and later: vLLM's one-stage all-reduce adds over peer memory, or else NCCL carries the parts and ranks add
-them. So NCCL adds nothing and needs no pins. Earlier releases: upstream's mode adds with its one-stage all-reduce, or
-with NCCL pinned to one algorithm and one channel. These rules turn off or refuse whatever would take another
-collective. Each worker checks the order at its start.
+them. NCCL itself adds two parts at most, whose sum is one (adder.py), and needs no pins. Earlier releases: upstream's
+mode adds with its one-stage all-reduce, or with NCCL pinned to one algorithm and one channel. These rules turn off or
+refuse whatever would take another collective. Each worker checks the order at its start.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import functools
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.seams import ranks
-from bi_patch.seams.cuda import leaves
+from bi_patch.seams.cuda import adder, leaves
 from bi_patch.seams.model import Policy, Seam, Target, Variable
 
 # What upstream's mode sets so that NCCL adds in one order.
@@ -47,7 +47,7 @@ def _sum(original):
 
         if self.world_size == 1 or not input_.is_floating_point():
             return original(self, input_)  # whole numbers have one sum
-        return ops.all_reduce(input_, self.ca_comm, carrier(self))
+        return ops.all_reduce(input_, self.ca_comm, carrier(self), adder.adder(self))
 
     return all_reduce
 
@@ -163,7 +163,7 @@ def _torch_gather_unequal(communicator, x, sizes):
 
 
 def _unpinned(original):
-    """pin_nccl_env: NCCL adds nothing, so it keeps its own choice of channels and protocols."""
+    """pin_nccl_env: NCCL adds two parts at most, so it keeps its own choice of channels and protocols."""
 
     @functools.wraps(original)
     def pin_nccl_env(pins):
@@ -210,6 +210,12 @@ def _carried(config, group) -> None:
         )
 
 
+def _begin(config, group) -> None:
+    """What a worker does before it checks the sums. group: vLLM's tensor-parallel group."""
+    _carried(config, group)
+    adder.certify(config, group, lambda: carrier(group.device_communicator))
+
+
 def _no_fusion(config) -> None:
     passes = config.compilation_config.pass_config
     if getattr(passes, "fuse_allreduce_rms", False):
@@ -237,11 +243,13 @@ SEAMS = (
         close=_sum,
         why="the size of a message decides which all-reduce vLLM takes. NCCL, symmetric memory and the two-stage "
         "kernel each add in an order of their own",
-        how="vLLM's one-stage all-reduce serves every size, with the last 16-byte line filled up; where it is off, "
-        "NCCL carries the parts, in one shot or two, and a bundled kernel adds them in rank order",
+        how="vLLM's one-stage all-reduce serves every size, with the last 16-byte line filled up; of two ranks, NCCL "
+        "adds messages that exceed its buffer, with a certificate; where it is off, NCCL carries the parts, in one "
+        "shot or two, and a bundled kernel adds them in rank order",
         until="upstream's mode adds in rank order for every size and transport",
         causes=(14,),
         op="bi_patch.ops.cuda.ranks",
+        relies=("vllm.distributed.device_communicators.pynccl:PyNcclCommunicator.all_reduce",),
     ),
     Seam(
         name="communicator.cuda_scatter",
@@ -285,7 +293,7 @@ SEAMS = (
         ),
         close=_unpinned,
         why="upstream's mode slows NCCL down to one channel, because NCCL might add",
-        how="NCCL keeps its own choice, because it carries parts and adds nothing (communicator.cuda_sum)",
+        how="NCCL keeps its own choice, because it carries parts and adds two at most (communicator.cuda_sum)",
         until="upstream's mode leaves NCCL alone where NCCL adds nothing",
         causes=(14,),
     ),
@@ -310,10 +318,11 @@ SEAMS = (
             "communicator.cuda_rank_order",
             True,
             "Use one device, or set BI_PATCH=0, and report this as a bug of bi_patch",
-            covers=_carried,
+            begin=_begin,
         ),
         why="a sum over ranks must have one order for every size of the message",
-        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise. "
+        how="each worker compares sums over ranks of 1 row up to the largest step with the sum in rank order, bitwise; "
+        "two ranks first compare NCCL's sums of large messages with those of the one-stage all-reduce. "
         "More than two compiled ranks whose parts NCCL carries are refused",
         until="never: this patch point checks the order",
         causes=(14,),

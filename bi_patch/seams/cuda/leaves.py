@@ -56,14 +56,15 @@ def _connect() -> None:
 
     from bi_patch.ops.cuda import leaves as ops
     from bi_patch.ops.cuda import ranks
+    from bi_patch.seams.cuda.adder import adder
     from bi_patch.seams.cuda.communicator import carrier
 
     held = get_tp_group()
     if held.world_size == 1:
         return
     communicator = held.device_communicator
-    carries = carrier(communicator)
-    ops.connect(ops.Ranks(lambda x: ranks.all_reduce(x, communicator.ca_comm, carries), carries.gather))
+    carries, adds = carrier(communicator), adder(communicator)
+    ops.connect(ops.Ranks(lambda x: ranks.all_reduce(x, communicator.ca_comm, carries, adds), carries.gather))
 
 
 def checks(model):

@@ -20,6 +20,7 @@ def _agreed(monkeypatch):
     """The doubles are no real ranks, which test_agreement.py and test_stages.py have."""
     monkeypatch.setattr(agreement, "check", lambda name, group: None)
     monkeypatch.setattr(agreement, "together", lambda group, own: _raise(own) if own else None)
+    monkeypatch.setattr(agreement, "every", lambda group, own: own)
     monkeypatch.setattr(stages, "watch", lambda world: None)
     monkeypatch.setattr("vllm.distributed.parallel_state.get_world_group", lambda: None)
 

@@ -1,0 +1,100 @@
+"""NCCL adds large messages of two ranks, where a certificate shows the bits of vLLM's one-stage all-reduce.
+
+That all-reduce copies a message into a buffer of peer memory, and takes a message that exceeds the buffer in pieces,
+one launch after the other. Two parts have one sum, whatever carries them. So NCCL may add such messages in its own way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from bi_patch.platforms.features.variables import switched
+from bi_patch.seams import agreement, ranks
+
+_log = logging.getLogger("vllm.bi_patch")
+_ADDER = "_bi_patch_adder"  # attribute of vLLM's CudaCommunicator
+_PARTS = 2  # ranks
+# NCCL could let the switch add messages in memory of this kind.
+_SYMMETRIC = "VLLM_USE_NCCL_SYMM_MEM"
+
+
+def adder(communicator: Any) -> Any:
+    """The Adder of vLLM's CudaCommunicator, None without a certificate."""
+    return communicator.__dict__.get(_ADDER)
+
+
+def certify(config: Any, group: Any, carrier: Callable[[], Any]) -> None:
+    """Make the certificates of two ranks, at the start of each. Both go on in one way.
+
+    config: VllmConfig. group: vLLM's group of tensor-parallel ranks. carrier: returns the Carrier of its
+    communicator.
+    """
+    from bi_patch.ops.cuda.ranks import Adder
+
+    if group.world_size != _PARTS:
+        return
+    communicator = group.device_communicator
+    if not agreement.every(group, _usable(communicator)):
+        return
+    own, add, carries = communicator.ca_comm, communicator.pynccl_comm.all_reduce, carrier()
+    most, failed = {}, []
+    for dtype, lengths in _lengths(config, own.max_size).items():
+        reason = _differing(add, own, carries, group, dtype, lengths)
+        if agreement.every(group, not reason):
+            most[dtype] = lengths[-1] * dtype.itemsize
+        else:
+            failed.append(reason or "the other rank said so")
+    if failed:
+        _log.warning(
+            "bi_patch: the certificate of NCCL's sum of two ranks failed (%s); vLLM's one-stage all-reduce serves "
+            "instead, in pieces",
+            ", ".join(failed),
+        )
+    setattr(communicator, _ADDER, Adder(add, most) if most else None)
+
+
+def _usable(communicator: Any) -> bool:
+    own, nccl = getattr(communicator, "ca_comm", None), getattr(communicator, "pynccl_comm", None)
+    if own is None or own.disabled or nccl is None or nccl.disabled:
+        return False
+    return not own.mnnvl_only and not switched(_SYMMETRIC)  # several nodes could have NVLink multicast
+
+
+def _lengths(config: Any, piece: int) -> dict[Any, list[int]]:
+    """For each dtype of a message: numbers of elements above `piece` bytes, up to the largest step, ascending."""
+    import torch
+
+    from bi_patch.ops.collectives import LARGEST
+
+    found: dict[Any, list[int]] = {}
+    for width, rows, dtype in ranks.messages(config, True):
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            continue
+        least, most = piece // dtype.itemsize, min(width * rows, LARGEST // dtype.itemsize)
+        if most <= least:
+            continue
+        doubled = [least << k for k in range(most.bit_length()) if least << k <= most]
+        lengths = {n for n in (*doubled, *(n + 1 for n in doubled), most - 1, most) if least < n <= most}
+        found[dtype] = sorted(lengths | set(found.get(dtype, ())))
+    return found
+
+
+def _differing(add: Any, own: Any, carrier: Any, group: Any, dtype: Any, lengths: list[int]) -> str:
+    """What this rank found, "" for equal bits."""
+    from bi_patch.ops import collectives
+    from bi_patch.ops.cuda.ranks import all_reduce
+
+    try:
+        length = collectives.unlike(
+            add,
+            lambda x: all_reduce(x, own, carrier),
+            rank=group.rank_in_group,
+            lengths=lengths,
+            dtype=dtype,
+            device=group.device,
+        )
+    except Exception as error:  # as other bits: the pieces serve
+        return f"{type(error).__name__}: {error}"
+    return "" if length is None else f"{length} elements in {str(dtype).removeprefix('torch.')}"
