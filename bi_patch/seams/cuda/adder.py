@@ -1,7 +1,8 @@
 """NCCL adds large messages of two ranks, where a certificate shows the bits of vLLM's one-stage all-reduce.
 
 That all-reduce copies a message into a buffer of peer memory, and takes a message that exceeds the buffer in pieces,
-one launch after the other. Two parts have one sum, whatever carries them. So NCCL may add such messages in its own way.
+one launch after the other. Two parts have one sum, whatever carries them. So NCCL may add such messages in its own way:
+vLLM's own NCCL, or PyTorch's where vLLM could not load one, as in stock vLLM.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bi_patch.seams import agreement, ranks
 _log = logging.getLogger("vllm.bi_patch")
 _ADDER = "_bi_patch_adder"  # attribute of vLLM's CudaCommunicator
 _PARTS = 2  # ranks
+Way = Callable[[Any], Any]  # x -> its sum over the ranks, as a new tensor
 # NCCL could let the switch add messages in memory of this kind.
 _SYMMETRIC = "VLLM_USE_NCCL_SYMM_MEM"
 
@@ -36,9 +38,13 @@ def certify(config: Any, group: Any, carrier: Callable[[], Any]) -> None:
     if group.world_size != _PARTS:
         return
     communicator = group.device_communicator
-    if not agreement.every(group, _usable(communicator)):
+    for make in (_by_vllm, _by_torch):
+        add = make(communicator)
+        if agreement.every(group, add is not None):
+            break
+    else:
         return
-    own, add, carries = communicator.ca_comm, communicator.pynccl_comm.all_reduce, carrier()
+    own, carries = communicator.ca_comm, carrier()
     most, failed = {}, []
     for dtype, lengths in _lengths(config, own.max_size).items():
         reason = _differing(add, own, carries, group, dtype, lengths)
@@ -55,11 +61,32 @@ def certify(config: Any, group: Any, carrier: Callable[[], Any]) -> None:
     setattr(communicator, _ADDER, Adder(add, most) if most else None)
 
 
-def _usable(communicator: Any) -> bool:
-    own, nccl = getattr(communicator, "ca_comm", None), getattr(communicator, "pynccl_comm", None)
-    if own is None or own.disabled or nccl is None or nccl.disabled:
+def _by_vllm(communicator: Any) -> Way | None:
+    nccl = getattr(communicator, "pynccl_comm", None)
+    return nccl.all_reduce if _in_pieces(communicator) and nccl is not None and not nccl.disabled else None
+
+
+def _by_torch(communicator: Any) -> Way | None:
+    import torch.distributed as dist
+
+    group = getattr(communicator, "device_group", None)
+    if not _in_pieces(communicator) or group is None or dist.get_backend(group) != dist.Backend.NCCL:
+        return None
+
+    def add(x: Any) -> Any:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    return add
+
+
+def _in_pieces(communicator: Any) -> bool:
+    """Whether the one-stage all-reduce serves, in pieces of its buffer, and NCCL finds no NVLink multicast."""
+    own = getattr(communicator, "ca_comm", None)
+    if own is None or own.disabled or switched(_SYMMETRIC):
         return False
-    return not own.mnnvl_only and not switched(_SYMMETRIC)  # several nodes could have NVLink multicast
+    return not getattr(own, "mnnvl_only", True)  # several nodes
 
 
 def _lengths(config: Any, piece: int) -> dict[Any, list[int]]:

@@ -99,7 +99,7 @@ def failing(total, parts):
 WAYS = (flushed, without_sign, of_another_nan, truncated, by_size, of_one_rank, failing)
 
 
-def certified(dtype, own=None, nccl=None):
+def certified(dtype, own=None, nccl=None, group=None):
     """(what was certified, what the log says, the communicator) after a start."""
     said = []
     handler = logging.Handler()
@@ -109,11 +109,11 @@ def certified(dtype, own=None, nccl=None):
     model = SimpleNamespace(get_hidden_size=lambda: WIDTH, dtype=dtype)
     steps = SimpleNamespace(max_num_batched_tokens=ROWS)
     config = SimpleNamespace(model_config=model, scheduler_config=steps, parallel_config=None)
-    held = SimpleNamespace(world_size=2, rank_in_group=dist.get_rank(), device_group=None)
+    held = SimpleNamespace(world_size=2, rank_in_group=dist.get_rank(), device_group=group)
     held.ca_comm, held.pynccl_comm = own or OneStage(), nccl or Nccl()
-    group = SimpleNamespace(world_size=2, rank_in_group=held.rank_in_group, device="cpu", cpu_group=None)
-    group.device_communicator = held
-    adder.certify(config, group, lambda: ops.Carrier(2, held.pynccl_comm.all_gather, None))
+    team = SimpleNamespace(world_size=2, rank_in_group=held.rank_in_group, device="cpu", cpu_group=None)
+    team.device_communicator = held
+    adder.certify(config, team, lambda: ops.Carrier(2, held.pynccl_comm.all_gather, None))
     log.removeHandler(handler)
     made = adder.adder(held)
     return {str(d): n for d, n in made.most.items()} if made else None, said, held
@@ -149,6 +149,13 @@ def main(rank: int, folder: str) -> None:
     off.disabled, several.mnnvl_only = bool(rank), True
     for name, own in {"within the buffer": small, "off on one rank": off, "several nodes": several}.items():
         found[name] = certified(torch.bfloat16, own)[:2]
+    missing = Nccl()
+    missing.disabled = bool(rank)  # vLLM could load NCCL on one rank only
+    found["no NCCL on one rank"] = certified(torch.bfloat16, nccl=missing)[:2]
+    found["gloo"] = certified(torch.bfloat16, nccl=missing, group=dist.group.WORLD)[:2]
+    dist.Backend.NCCL = dist.Backend.GLOO  # a group of a build for CPU
+    most, said, held = certified(torch.bfloat16, nccl=missing, group=dist.group.WORLD)
+    found["by PyTorch"] = most, said, summed(held, torch.bfloat16)
     found["fp64"] = certified(torch.float64)[:2]
     print(json.dumps(found))
     dist.barrier()  # a rank that leaves while the other one still talks to it can end both

@@ -53,7 +53,18 @@ def test_other_bits_on_one_rank_or_an_error_leave_all_sums_to_the_one_stage_all_
         assert all((one_stage, nccl, differing) == (1, 0, 0) for one_stage, nccl, differing in sums.values())
 
 
-@pytest.mark.parametrize("case", ["within the buffer", "off on one rank", "several nodes", "fp64"])
+def test_pytorchs_nccl_adds_where_vllm_has_none_on_a_rank(found):
+    for rank in found:
+        certified, said, sums = rank["by PyTorch"]
+        assert certified == {"torch.bfloat16": 2 * ELEMENTS} and not said
+        for size, (one_stage, nccl, differing) in sums.items():
+            assert (one_stage, nccl) == ((0, 0) if 1024 < int(size) <= 2 * ELEMENTS else (1, 0)), size
+            assert not differing
+
+
+@pytest.mark.parametrize(
+    "case", ["within the buffer", "off on one rank", "several nodes", "no NCCL on one rank", "gloo", "fp64"]
+)
 def test_ranks_without_large_messages_or_peer_memory_have_no_certificate(found, case):
     assert all(rank[case] == [None, []] for rank in found)
 
@@ -65,10 +76,10 @@ def test_other_numbers_of_ranks_make_no_certificate():
 
 def test_memory_that_the_switch_can_add_makes_no_certificate(monkeypatch):
     held = SimpleNamespace(ca_comm=SimpleNamespace(disabled=False, mnnvl_only=False))
-    held.pynccl_comm = SimpleNamespace(disabled=False)
-    assert adder._usable(held)
+    held.pynccl_comm = SimpleNamespace(disabled=False, all_reduce="sum")
+    assert adder._by_vllm(held) == "sum"
     monkeypatch.setenv("VLLM_USE_NCCL_SYMM_MEM", "1")
-    assert not adder._usable(held)
+    assert adder._by_vllm(held) is None and adder._by_torch(held) is None
 
 
 def test_graphs_and_transposed_messages_keep_the_one_stage_all_reduce(monkeypatch):
