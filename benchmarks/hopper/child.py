@@ -112,6 +112,7 @@ class Engine:
         quantized, launched, own = {}, {}, a.mode  # engines that start side by side write no common folder
         if a.ranks > 1:
             own += f" rank {os.environ['RANK']}"
+            peers.own_nccl()
             launched = peers.LAUNCHED | {"tensor_parallel_size": a.ranks}
         if a.scheme:
             import schemes

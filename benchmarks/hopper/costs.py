@@ -41,12 +41,12 @@ TOGETHER = (
     "CUDA graphs of the measured sizes alone"
 )
 NOTE = f"{turns.NOTE}. {TOGETHER}"
-OF_TWO = (
-    f"Engines of two GPUs in turns. {TOGETHER}. Ranks are started as by torchrun, each on its own half of the cores. "
-    "Stock engines have vLLM's custom all-reduce, and no NVLink multicast. (GPU) of a decode step: its CUDA graph, "
-    "replayed 112 times in a row on both ranks, by CUDA events, and the kernels outside the graph; of a prefill: the "
-    "kernels, of sums over ranks the shortest of five. Outside a graph, the lesser of the ranks' times, for a rank "
-    "that comes last waits least"
+OF_RANKS = (
+    f"Engines of several GPUs in turns. {TOGETHER}. Ranks are started as by torchrun, each on its own share of the "
+    "cores. Engines have vLLM's custom all-reduce and vLLM's own NCCL, without its functions for sleep, and no NVLink "
+    "multicast. (GPU) of a decode step: its CUDA graph, replayed 112 times in a row on all ranks, by CUDA events, and "
+    "the kernels outside the graph; of a prefill: the kernels, of sums over ranks the shortest of five. Outside a "
+    "graph, the least of the ranks' times, for a rank that comes last waits least"
 )
 
 
@@ -99,13 +99,13 @@ def scheme(
     return Entry(label(name, layers), gib, make, modes)
 
 
-def two(entry: Entry) -> Entry:
-    """The same with tensor parallelism over two GPUs. gib: of each GPU."""
+def over(ranks: int, entry: Entry) -> Entry:
+    """The same with tensor parallelism over `ranks` GPUs. gib: of each GPU."""
 
     def make(a: argparse.Namespace, made: Mapping[str, Nursery]) -> engines.Group:
-        return entry.make(argparse.Namespace(**vars(a) | {"ranks": 2}), made)
+        return entry.make(argparse.Namespace(**vars(a) | {"ranks": ranks}), made)
 
-    return replace(entry, name=f"{entry.name}, TP 2", make=make)
+    return replace(entry, name=f"{entry.name}, TP {ranks}", make=make)
 
 
 def extra(kind: str, weights_gib: float) -> Entry:
@@ -168,14 +168,18 @@ ROUNDS: list[list[Entry]] = [
     ],
 ]
 OF_ONE = list(range(1, len(ROUNDS) + 1))
-# The last round, only by its number: two GPUs.
+# Only by their numbers: two GPUs, then four.
 ROUNDS += [
     [
-        two(model("Qwen3-8B, 8 layers", (3.0, 3.0, 3.0), SHORT)),
-        two(model("Qwen3-30B-A3B, 4 layers", (3.2, 2.0, 3.0), SHORT)),
-        two(scheme("FP8 block", (1.9, 2.0, 2.5), SHORT, layers=4)),
-        two(scheme("FP8 block experts", (2.3, 2.0, 2.5), SHORT, layers=4)),
-    ]
+        over(2, model("Qwen3-8B, 8 layers", (3.0, 3.0, 3.0), SHORT)),
+        over(2, model("Qwen3-30B-A3B, 4 layers", (3.2, 2.0, 3.0), SHORT)),
+        over(2, scheme("FP8 block", (1.9, 2.0, 2.5), SHORT, layers=4)),
+        over(2, scheme("FP8 block experts", (2.3, 2.0, 2.5), SHORT, layers=4)),
+    ],
+    [
+        over(4, model("Qwen3-8B, 8 layers", (1.5, 3.0, 3.0), SHORT)),
+        over(4, model("Qwen3-30B-A3B, 4 layers", (1.6, 2.0, 3.0), SHORT)),
+    ],
 ]
 
 
@@ -237,8 +241,8 @@ def main() -> None:
             a.phase.write_text(phase)
 
     say("starts")
-    two_gpus = len(OF_ONE) + 1 in a.rounds
-    note = ". ".join([NOTE] * bool({*a.rounds} & {*OF_ONE}) + [OF_TWO] * two_gpus)
+    one = {*a.rounds} & {*OF_ONE}
+    note = ". ".join([NOTE] * bool(one) + [OF_RANKS] * bool({*a.rounds} - one))
     with nurseries(a.modes.split(",")) as made:
         for number, entries in enumerate(rounds):
             allowed = a.later if number else a.start

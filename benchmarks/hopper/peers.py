@@ -23,6 +23,8 @@ NO_MULTICAST = {
 # Arguments of vllm.LLM for each rank. FlashInfer's sum with a norm takes multicast, so stock engines have it off.
 LAUNCHED = {"distributed_executor_backend": "external_launcher", "seed": 0}
 UNFUSED = {"pass_config": {"fuse_allreduce_rms": False}}
+# Functions of NCCL 2.29.7, without which vLLM does not load a host's NCCL. Only sleeping communicators call them.
+SUSPENDS = ("ncclCommSuspend", "ncclCommResume")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 _inputs: list[int] = []  # of rank 0: where the other ranks read
 
@@ -71,6 +73,14 @@ def _watch(process: int, log: Path) -> None:
     if os.waitpid(process, 0)[1]:
         print(f"{log.name} ended:\n{log.read_text(errors='replace')[-3000:]}", flush=True)
         os._exit(1)
+
+
+def own_nccl() -> None:
+    """Let vLLM load the host's NCCL where it is older than 2.29.7. Call before vLLM connects its ranks."""
+    from vllm.distributed.device_communicators import pynccl_wrapper
+
+    library = pynccl_wrapper.NCCLLibrary
+    library.exported_functions = [f for f in library.exported_functions if f.name not in SUSPENDS]
 
 
 def pin() -> None:

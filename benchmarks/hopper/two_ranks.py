@@ -18,13 +18,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from peers import NO_MULTICAST
+import peers
 
 ROWS = 8192  # of the largest step
 # As arming sets them. The processes are not armed: they take the patch point's replacement themselves.
-ENVIRONMENT = NO_MULTICAST | {"BI_PATCH": "0", "VLLM_BATCH_INVARIANT": "1", "VLLM_CUSTOM_ALLREDUCE_ALGO": "1stage"}
+ENVIRONMENT = peers.NO_MULTICAST | {
+    "BI_PATCH": "0",
+    "VLLM_BATCH_INVARIANT": "1",
+    "VLLM_CUSTOM_ALLREDUCE_ALGO": "1stage",
+}
 FEW = (512, 256, 64, 8, 1)
-SUSPENDS = ("ncclCommSuspend", "ncclCommResume")  # of NCCL 2.29.7; only sleeping communicators call them
 
 
 def connect(rank: int, out: str, gloo: bool):
@@ -38,11 +41,10 @@ def connect(rank: int, out: str, gloo: bool):
 
         dist.Backend.NCCL = dist.Backend.GLOO
     else:
-        from vllm.distributed.device_communicators import custom_all_reduce, pynccl, pynccl_wrapper
+        from vllm.distributed.device_communicators import custom_all_reduce, pynccl
 
         torch.cuda.set_device(rank)
-        library = pynccl_wrapper.NCCLLibrary
-        library.exported_functions = [f for f in library.exported_functions if f.name not in SUSPENDS]
+        peers.own_nccl()
         vllm = SimpleNamespace(One=custom_all_reduce.CustomAllreduce, Nccl=pynccl.PyNcclCommunicator)
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=2)
     group = dist.new_group(backend="gloo")

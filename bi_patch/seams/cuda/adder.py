@@ -17,6 +17,7 @@ from bi_patch.seams import agreement, ranks
 _log = logging.getLogger("vllm.bi_patch")
 _ADDER = "_bi_patch_adder"  # attribute of vLLM's CudaCommunicator
 _PARTS = 2  # ranks
+_MESSAGES = 6  # a message, two sums, and what compares them
 Way = Callable[[Any], Any]  # x -> its sum over the ranks, as a new tensor
 # NCCL could let the switch add messages in memory of this kind.
 _SYMMETRIC = "VLLM_USE_NCCL_SYMM_MEM"
@@ -47,6 +48,10 @@ def certify(config: Any, group: Any, carrier: Callable[[], Any]) -> None:
     own, carries = communicator.ca_comm, carrier()
     most, failed = {}, []
     for dtype, lengths in _lengths(config, own.max_size).items():
+        # A rank without room in the middle of the check would let the other one wait.
+        if not agreement.every(group, _room(lengths[-1] * dtype.itemsize, group.device)):
+            failed.append("no memory for the check on a rank")
+            continue
         reason = _differing(add, own, carries, group, dtype, lengths)
         if agreement.every(group, not reason):
             most[dtype] = lengths[-1] * dtype.itemsize
@@ -82,7 +87,7 @@ def _by_torch(communicator: Any) -> Way | None:
 
 
 def _in_pieces(communicator: Any) -> bool:
-    """Whether the one-stage all-reduce serves, in pieces of its buffer, and NCCL finds no NVLink multicast."""
+    """Whether the one-stage all-reduce serves, in pieces of its buffer, and the switch adds nothing for NCCL."""
     own = getattr(communicator, "ca_comm", None)
     if own is None or own.disabled or switched(_SYMMETRIC):
         return False
@@ -106,6 +111,17 @@ def _lengths(config: Any, piece: int) -> dict[Any, list[int]]:
         lengths = {n for n in (*doubled, *(n + 1 for n in doubled), most - 1, most) if least < n <= most}
         found[dtype] = sorted(lengths | set(found.get(dtype, ())))
     return found
+
+
+def _room(size: int, device: Any) -> bool:
+    """Whether this rank has memory for the check of a message of `size` bytes."""
+    import torch
+
+    try:
+        torch.empty(_MESSAGES * size, dtype=torch.uint8, device=device)
+    except Exception:  # torch raises several kinds
+        return False
+    return True
 
 
 def _differing(add: Any, own: Any, carrier: Any, group: Any, dtype: Any, lengths: list[int]) -> str:

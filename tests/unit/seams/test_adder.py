@@ -69,6 +69,12 @@ def test_ranks_without_large_messages_or_peer_memory_have_no_certificate(found, 
     assert all(rank[case] == [None, []] for rank in found)
 
 
+def test_memory_that_one_rank_lacks_leaves_all_sums_to_the_one_stage_all_reduce(found):
+    for rank in found:
+        certified, (said,) = rank["no memory on one rank"]
+        assert certified is None and "no memory for the check on a rank" in said
+
+
 def test_other_numbers_of_ranks_make_no_certificate():
     for ranks in (1, 3, 4):
         adder.certify(None, SimpleNamespace(world_size=ranks), None)
