@@ -125,19 +125,16 @@ def _room(size: int, device: Any) -> bool:
 
 
 def _differing(add: Any, own: Any, carrier: Any, group: Any, dtype: Any, lengths: list[int]) -> str:
-    """What this rank found, "" for equal bits."""
+    """What this rank found, "" for equal bits. Ranks exchange messages: an error stops them."""
     from bi_patch.ops import collectives
     from bi_patch.ops.cuda.ranks import all_reduce
 
-    try:
-        length = collectives.unlike(
-            add,
-            lambda x: all_reduce(x, own, carrier),
-            rank=group.rank_in_group,
-            lengths=lengths,
-            dtype=dtype,
-            device=group.device,
-        )
-    except Exception as error:  # as other bits: the pieces serve
-        return f"{type(error).__name__}: {error}"
+    length = collectives.unlike(
+        add,
+        lambda x: all_reduce(x, own, carrier),
+        rank=group.rank_in_group,
+        lengths=lengths,
+        dtype=dtype,
+        device=group.device,
+    )
     return "" if length is None else f"{length} elements in {str(dtype).removeprefix('torch.')}"
