@@ -4,7 +4,7 @@ import functools
 import weakref
 
 from bi_patch.errors import UnsupportedFeature
-from bi_patch.seams import active, library
+from bi_patch.seams import active, library, scales
 from bi_patch.seams.model import Seam, Target
 
 
@@ -120,10 +120,14 @@ _UPDATED = ("W4A8 ", "W4A16 ", "W8A8 onednn token")  # schemes of layers that ta
 
 
 def _first(layer):
-    """Raise UnsupportedFeature if a layer that has a route gets new weights, and no evidence covers that."""
+    """Raise UnsupportedFeature if a layer that has a route gets new weights, and no evidence covers that, or a scale
+    among them gives no numbers. `quantized.scales` looks at the scales of the first weights."""
     from bi_patch.ops.cpu import quantized
 
-    if quantized.has_route(layer) and not quantized.scheme(layer).startswith(_UPDATED):
+    if not quantized.has_route(layer):
+        return
+    scales.check_layer(layer, getattr(layer, "prefix", ""))
+    if not quantized.scheme(layer).startswith(_UPDATED):
         raise UnsupportedFeature(
             f"quantized.cpu_update: no evidence covers new weights in a quantized {type(layer).__name__} "
             f"({quantized.scheme(layer)}). Start a new engine with the new weights"

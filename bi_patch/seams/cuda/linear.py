@@ -136,9 +136,11 @@ def _before_update(config):
 
 def _settle(model) -> None:
     """Make anew what the layers of a model with new weights derive from its weights, or refuse the weights."""
+    from bi_patch.seams import scales
     from bi_patch.seams.cuda import quantized, scaled_linear
 
     quantized.refuse_update(model)
+    scales.check_caches(model)
     scaled_linear.keep_products(model)
 
 

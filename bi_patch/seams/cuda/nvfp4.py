@@ -62,7 +62,14 @@ def own() -> type:
                     "must be a multiple of 16, K of 128. Use another checkpoint or number of GPUs, or set BI_PATCH=0"
                 )
             q = torch.stack((held & 15, held >> 4), -1).view(n, k)
-            packed = pack_floats(q, layer.weight_scale.data, layer.weight_global_scale.data)
+            try:
+                packed = pack_floats(q, layer.weight_scale.data, layer.weight_global_scale.data)
+            except ValueError as error:
+                name = getattr(layer, "prefix", "") or type(layer).__name__
+                raise UnsupportedFeature(
+                    f"linear.cuda_packed: bi_patch's kernel does not take the NVFP4 weights of {name}: {error}. Use "
+                    "another checkpoint, or set BI_PATCH=0"
+                ) from error
             replace_parameter(layer, "weight", packed.data)
             replace_parameter(layer, "weight_scale", packed.scale)
             replace_parameter(layer, "weight_global_scale", packed.whole)

@@ -142,6 +142,24 @@ def test_a_weight_is_what_vllm_dequantizes(monkeypatch, method):
         assert layer.input_global_scale == other.input_global_scale  # loaded, and not used
 
 
+def test_a_scale_without_a_byte_is_refused_with_the_name_of_the_layer():
+    from vllm.model_executor.kernels.linear import NvFp4LinearLayerConfig
+
+    layer = torch.nn.Module()
+    layer.prefix = "model.layers.0.mlp.down_proj"
+    scale = torch.ones(N, K // 16).to(torch.float8_e4m3fn)
+    scale.view(torch.uint8)[1, 2] = 0x7F  # a NaN
+    for name, value in (
+        ("weight", torch.zeros(N, K // 2, dtype=torch.uint8)),
+        ("weight_scale", scale),
+        ("weight_global_scale", torch.ones(())),
+    ):
+        layer.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+    words = "linear.cuda_packed: .* the NVFP4 weights of model.layers.0.mlp.down_proj: .* not finite, or out of range"
+    with pytest.raises(UnsupportedFeature, match=words):
+        nvfp4.own()(NvFp4LinearLayerConfig()).process_weights_after_loading(layer)
+
+
 def test_rows_are_multiplied_as_they_are(bf16):
     from vllm.model_executor.kernels.linear import NvFp4LinearLayerConfig
 
