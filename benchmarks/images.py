@@ -50,6 +50,9 @@ BESIDE: dict[str, dict[str, object]] = {
     "n-grams": {"speculative_config": _DRAFTS},
     "LoRA": {"enable_lora": True, "max_lora_rank": max(adapters.RANKS), "max_loras": adapters.SLOTS},
     "grammars": {},
+    "language model only": {"language_model_only": True},
+    "encoder on FLASH_ATTN": {"mm_encoder_attn_backend": "FLASH_ATTN"},
+    "encoder on TORCH_SDPA": {"mm_encoder_attn_backend": "TORCH_SDPA"},
 }
 _RANKS = {name for name, given in BESIDE.items() if "tensor_parallel_size" in given}
 _GRAMMARS = ("", json.dumps({"regex": "[a-f]{3,9}[0-9]+x"}), json.dumps({"choice": ["alpha", "beta", "gamma delta"]}))

@@ -1,7 +1,7 @@
 """Measures the invariance of one model of each family on a GPU: published sizes of a layer, few layers, random weights.
 
     PYTHONPATH=. python3 benchmarks/hopper/families.py [FAMILY ...] [--beside N] [--eager] [--preempt]
-        [--until SECONDS] [--results DIR]
+        [--dtype TYPE] [--until SECONDS] [--results DIR]
 
 A family takes the shape of bi_patch/tools/models/families.py, with the sizes below. N engines run beside each other,
 each in a part of the GPU's memory. The rows join one result file of the day. A refusal is printed and gets no row.
@@ -29,6 +29,7 @@ from bi_patch.tools.models import shapes  # noqa: E402
 
 AXES = ("batch size", "mixed lengths", "co-batch contents", "prefix cache", "chunk budget", "decode = prefill")
 PREEMPTION = "preemption"
+DTYPES = {"bfloat16": "", "float16": ", fp16", "float32": ", fp32"}  # in labels
 SEED = 7
 CACHE = 3 << 30  # bytes of the KV cache of one engine
 WINDOW = 256
@@ -316,6 +317,47 @@ SIZES: dict[str, dict[str, object]] = {
     "Mistral": _sizes(4096, 14336, 32, 8, sliding_window=WINDOW),
     "Nemotron": _sizes(3072, 9216, 24, 8, 128),
     "MiMo": _sizes(4096, 11008, 32, 8),
+    "SmolLM2": _sizes(576, 1536, 9, 3, 64, num_hidden_layers=30, vocab_size=49152),
+    "PLaMo 3": _sizes(
+        *(2560, 8192, 32, 4, 128),
+        **_EVERY_FOURTH,
+        window_size=WINDOW,
+        interleaved_sliding_window=[WINDOW, WINDOW, WINDOW, None],
+    ),
+    "InternLM 2": _sizes(4096, 14336, 32, 8),
+    "Solar": _sizes(4096, 14336, 32, 8),
+    "Bailing": _sizes(2048, 5632, 16, 4, 128, num_experts=64, num_experts_per_tok=6, moe_intermediate_size=1408),
+    "ERNIE 4.5 MoE": _sizes(
+        2560, 12288, 20, 4, 128, moe_num_experts=64, moe_k=6, moe_intermediate_size=1536, moe_layer_end_index=3
+    ),
+    "Step 1": _sizes(3072, 8192, 48, 4, 64, num_attention_groups=4),
+    "Step 3": _sizes(
+        *(7168, 18432, 64, 1, 256),
+        num_hidden_layers=3,
+        num_attention_groups=1,
+        share_q_dim=2048,
+        share_expert_dim=5120,
+        moe_num_experts=16,
+        moe_top_k=3,
+        moe_intermediate_size=5120,
+    ),
+    "LongCat": _sizes(
+        *(6144, 12288, 64, 64, 64),
+        num_hidden_layers=2,
+        num_layers=2,
+        ffn_hidden_size=12288,
+        expert_ffn_hidden_size=2048,
+        n_routed_experts=32,
+        zero_expert_num=16,
+    ),
+    "Gemma 3n (text)": _sizes(
+        *(2048, [8192] * 4, 8, 2, 256),
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=32000,
+        hidden_size_per_layer_input=256,
+        laurel_rank=64,
+    ),
     "InternLM 3": _sizes(4096, 10240, 32, 2, 128),
     "Ling 2": _sizes(
         2048,
@@ -365,6 +407,55 @@ GPU_ONLY: dict[str, dict[str, object]] = {
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     },
+    "SmolLM2": _PLAIN
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+    "Step 1": _PLAIN
+    | {
+        "architectures": ["Step1ForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "Step 3": _PLAIN
+    | {
+        "architectures": ["Step3TextForCausalLM"],
+        "model_type": "step3_text",
+        "max_position_embedding": 8192,
+        "max_seq_len": 8192,
+        "moe_layers_enum": "1,2",
+        "norm_expert_weight": True,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "LongCat": _PLAIN
+    | {
+        "architectures": ["LongcatFlashForCausalLM"],
+        "model_type": "longcat_flash",
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "moe_topk": 12,
+        "zero_expert_type": "identity",
+        "routed_scaling_factor": 6.0,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "attention_method": "MLA",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": False,
+    },
     "Qwen3-MoE": _PLAIN
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -389,17 +480,25 @@ GPU_ONLY: dict[str, dict[str, object]] = {
 
 
 def measure(
-    family: str, eager: bool, share: float, root: str, results: Path, preempt: bool = False, until: int = 0
+    family: str,
+    eager: bool,
+    share: float,
+    root: str,
+    results: Path,
+    preempt: bool = False,
+    until: int = 0,
+    dtype: str = "bfloat16",
 ) -> int:
     """Measure one family and write its rows. Returns the number of positions that differ. preempt: also in an engine
-    whose KV cache is too small for the batch. until: the run ends then, in seconds since 1970; 0 for no end."""
+    whose KV cache is too small for the batch. until: the run ends then, in seconds since 1970; 0 for no end. dtype: of
+    the weights, a key of DTYPES."""
     from bi_patch.tools import evidence
     from bi_patch.tools.bench import invariance
     from bi_patch.tools.models import families
     from bi_patch.tools.verify import levels, local
 
     config = families.FAMILIES.get(family, {}) | GPU_ONLY.get(family, {}) | SIZES[family]
-    if family == "Falcon":
+    if family in ("Falcon", "LongCat"):
         del config["head_dim"]  # its configuration class computes the size itself
     cross = tuple(probe for probe in levels.QUICK.cross if preempt and probe.name == PREEMPTION)
     level = replace(levels.QUICK, seconds=None, cross=cross, graphs=1)
@@ -412,8 +511,9 @@ def measure(
     elif {"time_step_rank", "state_size"} & set(config):
         given |= {"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 2 * CACHE}
     folder = shapes.save(family, config, root)
-    system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given)
-    label, only = f"{family}{', eager' if eager else ''}", (*AXES, *[probe.name for probe in cross])
+    system = local.local(folder, level, eager=eager, random_weights=SEED, engine_args=given, dtype=dtype)
+    label = f"{family}{DTYPES[dtype]}{', eager' if eager else ''}"
+    only = (*AXES, *[probe.name for probe in cross])
     with ending(until):
         rows, report = invariance.measure(label, system, level, only=only, tell=told, cut=until > 0)
     found = evidence.new(evidence.Invariance, report)
@@ -429,6 +529,12 @@ def told(text: str) -> None:
     print(text, flush=True)
 
 
+def _options(args: argparse.Namespace) -> list[str]:
+    """The options of a run of a single family."""
+    given = [*["--eager"] * args.eager, *["--preempt"] * args.preempt]
+    return [*given, "--until", str(args.until), "--dtype", args.dtype]
+
+
 def alone(family: str, args: argparse.Namespace) -> int:
     """Run this script for one family, and print its last line."""
     start = time.perf_counter()
@@ -436,7 +542,7 @@ def alone(family: str, args: argparse.Namespace) -> int:
     own.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, family, "--results", str(own), "--share", str(0.9 / args.beside)]
     done = subprocess.run(
-        [*command, *["--eager"] * args.eager, *["--preempt"] * args.preempt, "--until", str(args.until)],
+        [*command, *_options(args)],
         capture_output=True,
         text=True,
     )
@@ -461,6 +567,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--preempt", action="store_true", help="also measure preempted requests, in another engine")
     parser.add_argument("--until", type=int, default=0, help="end the run then, seconds since 1970")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument(
         "--share", type=float, help="the share of the GPU's memory, for a single family in this process"
     )
@@ -474,7 +581,7 @@ def main() -> None:
         sys.exit(max(codes))
     (family,) = args.families
     with tempfile.TemporaryDirectory() as root:
-        differing = measure(family, args.eager, args.share, root, args.results, args.preempt, args.until)
+        differing = measure(family, args.eager, args.share, root, args.results, args.preempt, args.until, args.dtype)
     print(f"{family}: {differing} differ")
     sys.exit(1 if differing else 0)
 

@@ -82,6 +82,16 @@ POOLING: dict[str, dict[str, object]] = {
     | {"architectures": ["ModernBertForSequenceClassification"], "model_type": "modernbert"},
     "BERT token classifier": _encoder("BertForTokenClassification", "bert", _LABELS),
 }
+_QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "rope_theta": 1000000.0,
+}
 # The sizes of published models. They are not tiny: for GPUs.
 POOLING |= {
     "Qwen3-Embedding-0.6B": shapes.QWEN3
@@ -103,6 +113,8 @@ POOLING |= {
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
+    "Qwen2 classifier, 4 layers of 7B": _as("Qwen2ForSequenceClassification", "qwen2", _LABELS, _QWEN2_7B),
+    "Qwen2 reward, 4 layers of 7B": _as("Qwen2ForRewardModel", "qwen2", _QWEN2_7B),
     "BERT large": _encoder(
         "BertModel",
         "bert",
