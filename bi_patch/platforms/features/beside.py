@@ -17,6 +17,7 @@ from bi_patch.platforms.features.model import Cell, Feature, refused, row, serve
 from bi_patch.platforms.features.pairs import LORA, MLA, PARTS, POOLING, QUANTIZED, RECURRENT, SPECULATION
 from bi_patch.platforms.features.ranks import compiled, size
 
+_H200_KINDS = "invariance-2026-11-30-h200-images-vllm-0.33.0-3.json"
 _CPU_RANKS = "invariance-2026-11-30-cpu-images-vllm-0.32.0-4.json"
 _CPU_FIRST = "invariance-2026-11-30-cpu-images-vllm-0.32.0-5.json"
 _CPU_RANKS_MORE = "invariance-2026-11-30-cpu-images-vllm-0.32.0-6.json"
@@ -267,7 +268,7 @@ BESIDE: tuple[Feature, ...] = (
     row(
         "images with structured output",
         cpu=served(_CPU_MORE, why=_TINY),
-        cuda=(images.OLDER, untried()),
+        cuda=(images.OLDER, served(_H200_KINDS, why="few layers of Qwen3-VL-2B, random weights, in eager mode")),
         ascend=images.ASCEND,
         asked=lambda config: "images with structured output" if images.taken(config) else "",
     ),

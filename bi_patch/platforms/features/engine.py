@@ -31,6 +31,7 @@ _H200_PARITY_GRPO = "parity-2026-11-29-h200-grpo-vllm-0.33.0-4.json"
 _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
+_H200_SHAPES = "invariance-2026-11-30-h200-families-vllm-0.33.0-2.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
 _CPU_REQUESTS_COMPILED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-3.json"
@@ -97,8 +98,28 @@ FEATURES: tuple[Feature, ...] = (
         ascend=untried(NO_NPU),
         asked=_weights("bfloat16"),
     ),
-    row("fp16 weights", cpu=untried(), cuda=untried(), ascend=untried(NO_NPU), asked=_weights("float16")),
-    row("fp32 weights", cpu=served(_CPU), cuda=untried(), ascend=untried(NO_NPU), asked=_weights("float32")),
+    row(
+        "fp16 weights",
+        cpu=untried(),
+        cuda=(
+            untried(releases="<0.33"),
+            served(
+                _H200_SHAPES, why="four layers of Llama, Qwen3-MoE and Qwen2.5 in eager mode, of Qwen3-MoE compiled"
+            ),
+        ),
+        ascend=untried(NO_NPU),
+        asked=_weights("float16"),
+    ),
+    row(
+        "fp32 weights",
+        cpu=served(_CPU),
+        cuda=(
+            untried(releases="<0.33"),
+            served(_H200_SHAPES, why="four layers of Qwen3-MoE in eager mode, of Llama compiled"),
+        ),
+        ascend=untried(NO_NPU),
+        asked=_weights("float32"),
+    ),
     row(
         "greedy and seeded sampling, logprobs, prompt logprobs",
         cpu=served(_CPU),

@@ -85,6 +85,7 @@ _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _SIZES = refused("vLLM compiles its routing separately, by the number of tokens", todo="Use another model")
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_IMAGES_MORE = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"
+_H200_SHAPES = "invariance-2026-11-30-h200-families-vllm-0.33.0-2.json"
 _H200_GEMMA_IMAGES = (
     "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json",
     "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json",
@@ -186,7 +187,12 @@ FAMILIES: tuple[Feature, ...] = (
         cuda=untried(),
         ascend=_ASCEND,
     ),
-    row("Granite SWA", cpu=refused("attention sinks", by="attention.cpu_init"), cuda=untried(), ascend=_ASCEND),
+    row(
+        "Granite SWA",
+        cpu=refused("attention sinks", by="attention.cpu_init"),
+        cuda=served(_H200_SHAPES, why="four layers, random weights, in eager mode"),
+        ascend=_ASCEND,
+    ),
     row(
         "GPT-2, GPT-NeoX, OPT, Falcon-7B, StableLM, Starcoder2",
         cpu=_tiny("GPT-2", "GPT-NeoX", "OPT", "Falcon", "StableLM", "Starcoder2"),
@@ -466,7 +472,7 @@ FAMILIES: tuple[Feature, ...] = (
                 todo="Let vLLM compile the model",
                 releases="<0.33",
             ),
-            untried(),
+            served(_H200_SHAPES, why="four layers of published sizes, random weights"),
         ),
     ),
     row(

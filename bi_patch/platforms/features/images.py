@@ -21,6 +21,7 @@ _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
 _H200_TOGETHER = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"  # images of a step in one call of the encoder
+_H200_KINDS = "invariance-2026-11-30-h200-images-vllm-0.33.0-3.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
@@ -39,7 +40,6 @@ _INTERN = {("InternVLForConditionalGeneration", "internvl_vision")}
 _INTERN_CHAT = {("InternVLChatModel", "intern_vit_6b")}
 _NEW = _INTERN_CHAT | _QWEN2 | _NEXT | _ONEVISION | _GLM
 OLDER = refused("bi_patch has patch points for newer releases only", todo="Use vLLM 0.33", releases="<0.33")
-_UNMEASURED = (OLDER, untried("every layer of its encoder has an order; nobody measured the whole"))
 INTERN_ON_CUDA = (
     OLDER,
     served(
@@ -241,7 +241,13 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images (InternVLChatModel)",
         cpu=served(_CPU_NEW, why=_TINY),
-        cuda=_UNMEASURED,
+        cuda=(
+            OLDER,
+            served(
+                _H200_KINDS,
+                why="the shape of InternVLChat-2B with few layers, random weights, bf16, in eager mode and compiled",
+            ),
+        ),
         ascend=ASCEND,
         asked=_of(_INTERN_CHAT),
         details="OpenGVLab's checkpoints of InternVL 2 to 3.5 with the encoder of 300M parameters, which has no norms "
@@ -272,7 +278,12 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images (LLaVA-OneVision)",
         cpu=served(_CPU_NEW, why=_TINY),
-        cuda=_UNMEASURED,
+        cuda=(
+            OLDER,
+            served(
+                _H200_KINDS, why="the shape of LLaVA-OneVision-7B with few layers, random weights, bf16, in eager mode"
+            ),
+        ),
         ascend=ASCEND,
         asked=_of(_ONEVISION),
         details="On CPU, vLLM needs torchvision for them.",
@@ -280,7 +291,13 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images (GLM-4.1V)",
         cpu=served(_CPU_GLM, _CPU_NEW, why=_TINY),
-        cuda=_UNMEASURED,
+        cuda=(
+            OLDER,
+            served(
+                _H200_KINDS,
+                why="the shape of GLM-4.1V-9B with few layers, random weights, bf16, in eager mode and compiled",
+            ),
+        ),
         ascend=ASCEND,
         asked=_of(_GLM),
         details="On CPU, vLLM needs torchvision for them.",

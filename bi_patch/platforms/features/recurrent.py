@@ -23,6 +23,7 @@ _H200_NEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-3.json"  # eager, 
 _H200_FEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-2.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
 _H200_KIMI = "invariance-2026-11-30-h200-kimi-vllm-0.33.0.json"
+_H200_STATES = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-4.json"
 # --full: every axis, eager and compiled engines among them.
 _FULL_4 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-4.json"
 _FULL_5 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-5.json"
@@ -201,7 +202,7 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "LFM2 with experts, compiled",
         cpu=served(_CPU_EXPERTS),
-        cuda=(_OLD, untried("the layers of LFM2, with experts")),
+        cuda=(_OLD, served(_H200_STATES, why="four layers of published sizes with random weights, six axes")),
         ascend=_CHUNKS,
         asked=lambda config: (
             _named("Lfm2MoeForCausalLM")(config) and not _eager(config) and "compiled LFM2 with experts"
@@ -230,7 +231,13 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba (the first models)",
         cpu=served(_MAMBA_1),
-        cuda=(_OLD, untried("Falcon-Mamba and Jamba were measured")),
+        cuda=(
+            _OLD,
+            served(
+                _H200_STATES,
+                why="four layers of published sizes with random weights, six axes; compiled and in eager mode",
+            ),
+        ),
         ascend=_CHUNKS,
         asked=lambda config: _named("MambaForCausalLM")(config) and "Mamba",
     ),

@@ -63,6 +63,31 @@ def _modes(model: str, *axes: str) -> tuple[Rows, ...]:
 
 
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("Mamba (the first models)", "cuda"): (
+        ("Mamba, eager", *_SIX),
+        ("Mamba", *_SIX),
+    ),
+    ("LFM2 with experts, compiled", "cuda"): (("LFM2-MoE", *_SIX),),
+    ("images with structured output", "cuda"): (("Qwen3-VL-2B, bf16, grammars", "images"),),
+    ("images (GLM-4.1V)", "cuda"): (
+        ("GLM-4.1V-9B, bf16", "images"),
+        ("GLM-4.1V-9B, bf16 compiled", "images"),
+    ),
+    ("images (LLaVA-OneVision)", "cuda"): (("LLaVA-OneVision-7B, bf16", "images"),),
+    ("images (InternVLChatModel)", "cuda"): (
+        ("InternVLChat-2B, bf16", "images"),
+        ("InternVLChat-2B, bf16 compiled", "images"),
+    ),
+    ("fp32 weights", "cuda"): (
+        ("Llama, fp32", *_SIX),
+        ("Qwen3-MoE, fp32, eager", *_SIX),
+    ),
+    ("fp16 weights", "cuda"): (
+        ("Llama, fp16, eager", *_SIX),
+        ("Qwen3-MoE, fp16, eager", *_SIX),
+        ("Qwen3-MoE, fp16", *_SIX),
+        ("Qwen2.5, fp16, eager", *_SIX),
+    ),
     ("bf16 weights", "cpu"): (("* bf16", *_SIX), ("* bf16 compiled", *_SIX)),
     ("bf16 weights", "cuda"): (("Qwen3-8B", *_SIX), ("Llama-3.2-1B", *_SIX)),
     ("fp32 weights", "cpu"): (("* fp32", *_SIX), ("* fp32 compiled", *_SIX)),
@@ -1003,6 +1028,7 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "Gemma 3n in eager mode": ("Gemma 3n (text)",),
 }
 FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("Granite SWA", "cuda"): (("Granite SWA, eager", *_SIX),),
     ("Llama 2 and 3", "cpu"): (("tiny-llama bf16", *_SIX), ("tiny-llama fp32", *_SIX)),
     ("Llama 2 and 3", "cuda"): (
         ("Llama-3.2-1B", "batch 257", "mixed lengths*", "cached prefix*", "decode = prefill"),
