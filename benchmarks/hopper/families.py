@@ -347,6 +347,7 @@ SIZES: dict[str, dict[str, object]] = {
         num_layers=2,
         ffn_hidden_size=12288,
         expert_ffn_hidden_size=2048,
+        moe_intermediate_size=2048,  # not every release of transformers reads one as the other
         n_routed_experts=32,
         zero_expert_num=16,
     ),

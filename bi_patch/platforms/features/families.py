@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from bi_patch.platforms.features.images import INTERN_ON_CUDA
-from bi_patch.platforms.features.model import Feature, refused, row, served, untried
+from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 
 _CPU = "invariance-2026-11-22-cpu-vllm-0.32.0.json"
 _FAMILIES = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
@@ -86,6 +86,9 @@ _SIZES = refused("vLLM compiles its routing separately, by the number of tokens"
 _H200_IMAGES = "invariance-2026-11-29-h200-images-vllm-0.33.0.json"
 _H200_IMAGES_MORE = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"
 _H200_SHAPES = "invariance-2026-11-30-h200-families-vllm-0.33.0-2.json"
+_H200_SHAPES_3 = "invariance-2026-11-30-h200-families-vllm-0.33.0-3.json"
+_H200_SCORES_1 = "invariance-2026-11-30-h200-pooling-vllm-0.33.0.json"
+_H200_SCORES_2 = "invariance-2026-11-30-h200-pooling-vllm-0.33.0-2.json"
 _H200_GEMMA_IMAGES = (
     "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json",
     "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json",
@@ -97,6 +100,7 @@ _CPU_IMAGES_MORE = "invariance-2026-11-29-cpu-amx-images-vllm-0.32.0-2.json"
 _IMAGES = refused("no patch point covers their encoders", todo="Pass --language-model-only, which turns encoders off")
 _MULTIMODAL = refused("multimodal models")
 _HRM = refused("after a preemption, the prompt is recomputed and attends to the answer", todo="Use another model")
+_REMOVED = "vLLM removed the model after 0.28"
 _ASCEND = untried("nothing has run on an NPU")
 _LAYERS = served(_H100_LAYERS, why="two to four layers of published sizes, in eager mode")
 
@@ -148,7 +152,12 @@ FAMILIES: tuple[Feature, ...] = (
         ascend=_ASCEND,
     ),
     row("Qwen2.5", cpu=_tiny("Qwen2.5"), cuda=served(_H100), ascend=_ASCEND),
-    row("SmolLM2", cpu=served(_CPU), cuda=untried(), ascend=_ASCEND),
+    row(
+        "SmolLM2",
+        cpu=served(_CPU),
+        cuda=served(_H200_SHAPES_3, why="the shape of SmolLM2-135M with random weights, in eager mode"),
+        ascend=_ASCEND,
+    ),
     row("Mistral 7B", cpu=_tiny("Mistral"), cuda=served(_H100_FIRST), ascend=_ASCEND),
     row(
         "Mixtral, PhiMoE, OLMoE, DeepSeek-MoE-16B, Qwen2-MoE",
@@ -178,13 +187,17 @@ FAMILIES: tuple[Feature, ...] = (
     row(
         "Command R7B, PLaMo 3, InternLM, Solar, MiMo, Bailing, ERNIE 4.5 MoE",
         cpu=_tiny("Command R7B", "PLaMo 3", "InternLM 2", "InternLM 3", "Solar", "MiMo", "Bailing", "ERNIE 4.5 MoE"),
-        cuda=untried(),
+        cuda=served(
+            _H200_SHAPES,
+            _H200_SHAPES_3,
+            why="four layers of 2,048 to 4,096 elements, random weights, in eager mode; Command R7B compiled",
+        ),
         ascend=_ASCEND,
     ),
     row(
         "Step 1 and Step 3",
         cpu=untried("Step 1 needs square-root ALiBi, which vLLM's CPU attention lacks"),
-        cuda=untried(),
+        cuda=served(_H200_SHAPES_3, why="three or four layers, random weights, in eager mode"),
         ascend=_ASCEND,
     ),
     row(
@@ -305,7 +318,12 @@ FAMILIES: tuple[Feature, ...] = (
         ),
         ascend=_MLA,
     ),
-    row("LongCat in bf16", cpu=untried(), cuda=(refused("MLA", releases="<0.33"), untried()), ascend=_MLA),
+    row(
+        "LongCat in bf16",
+        cpu=absent("vLLM's CPU build lacks the kernel of its router"),
+        cuda=(refused("MLA", releases="<0.33"), untried()),
+        ascend=_MLA,
+    ),
     row(
         "MiniCPM3, which vLLM runs as ordinary attention",
         cpu=untried(),
@@ -380,8 +398,8 @@ FAMILIES: tuple[Feature, ...] = (
     ),
     row(
         "MPT",
-        cpu=refused("ALiBi", by="attention.cpu_init"),
-        cuda=untried(),
+        cpu=absent(_REMOVED),
+        cuda=(untried(releases="<0.29"), absent(_REMOVED)),
         ascend=refused("ALiBi", by="attention.ascend_backend"),
     ),
     row(
@@ -423,7 +441,14 @@ FAMILIES: tuple[Feature, ...] = (
         "Qwen3-Reranker, Qwen2 classifiers and reward models",
         short="rerankers and classifiers made from decoders",
         cpu=served(_CPU_POOLING[1], why="tiny shapes with random weights"),
-        cuda=(refused("pooling", releases="<0.33"), untried()),
+        cuda=(
+            refused("pooling", releases="<0.33"),
+            served(
+                _H200_SCORES_1,
+                _H200_SCORES_2,
+                why="the shape of Qwen3-Reranker-0.6B, and four layers of Qwen2's sizes, random weights, in eager mode",
+            ),
+        ),
         ascend=_POOLING,
     ),
     row(

@@ -22,11 +22,14 @@ _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
 _H200_TOGETHER = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"  # images of a step in one call of the encoder
 _H200_KINDS = "invariance-2026-11-30-h200-images-vllm-0.33.0-3.json"
+_H200_KINDS_4 = "invariance-2026-11-30-h200-images-vllm-0.33.0-4.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 ASCEND = refused("no patch point covers it yet", todo="Use a text model")
 # Architecture and the kind of its image encoder (model_type of its vision_config), as far as bi_patch covers them.
 _IDEFICS = {("Idefics3ForConditionalGeneration", "idefics3_vision")}
-_TOWERS = {("Mistral3ForConditionalGeneration", "pixtral"), ("LlavaForConditionalGeneration", "clip_vision_model")}
+_MISTRAL = {("Mistral3ForConditionalGeneration", "pixtral")}
+_LLAVA = {("LlavaForConditionalGeneration", "clip_vision_model")}
+_TOWERS = _MISTRAL | _LLAVA
 _PIXTRAL = {("LlavaForConditionalGeneration", "pixtral")}
 _QWEN = {("Qwen3VLForConditionalGeneration", "qwen3_vl"), ("Qwen3VLForConditionalGeneration", "qwen3_vl_vision")}
 _QWEN2_5 = {("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")}
@@ -362,7 +365,7 @@ IMAGES: tuple[Feature, ...] = (
     row(
         "images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles",
         cpu=served(_CPU_MORE),
-        cuda=(OLDER, untried("measured in eager mode")),
+        cuda=(OLDER, served(_H200_KINDS_4, _H200_KINDS)),
         ascend=ASCEND,
         asked=_compiled_with(_IDEFICS | _QWEN2_5),
     ),
@@ -374,12 +377,18 @@ IMAGES: tuple[Feature, ...] = (
         asked=_compiled_with(_INTERN),
     ),
     row(
-        "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V, in an engine that vLLM "
-        "compiles",
+        "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT and GLM-4.1V, in an engine that vLLM compiles",
+        cpu=served(_CPU_NEW),
+        cuda=(OLDER, served(_H200_KINDS)),
+        ascend=ASCEND,
+        asked=_compiled_with(_INTERN_CHAT | _QWEN2 | _NEXT | _GLM),
+    ),
+    row(
+        "images of LLaVA-OneVision, in an engine that vLLM compiles",
         cpu=served(_CPU_NEW),
         cuda=(OLDER, untried()),
         ascend=ASCEND,
-        asked=_compiled_with(_NEW),
+        asked=_compiled_with(_ONEVISION),
     ),
     row(
         "images in model runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)",
@@ -396,11 +405,18 @@ IMAGES: tuple[Feature, ...] = (
         asked=_preempted_with(_QWEN | _GEMMA),
     ),
     row(
-        "images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption",
+        "images of Mistral Small 3 and Qwen2.5-VL with preemption",
+        cpu=served(_CPU_MORE),
+        cuda=(OLDER, served(_H200_KINDS)),
+        ascend=ASCEND,
+        asked=_preempted_with(_MISTRAL | _QWEN2_5),
+    ),
+    row(
+        "images of LLaVA with CLIP and Idefics3 with preemption",
         cpu=served(_CPU_IMAGES, _CPU_MORE),
         cuda=(OLDER, untried("no run with its images preempted a request")),
         ascend=ASCEND,
-        asked=_preempted_with(_TOWERS | _QWEN2_5 | _IDEFICS),
+        asked=_preempted_with(_LLAVA | _IDEFICS),
     ),
     row(
         "images of InternVL with preemption",
@@ -410,17 +426,27 @@ IMAGES: tuple[Feature, ...] = (
         asked=_preempted_with(_INTERN),
     ),
     row(
-        "images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT, LLaVA-OneVision and GLM-4.1V with preemption",
+        "images of LLaVA-NeXT with preemption",
+        cpu=served(_CPU_NEW),
+        cuda=(OLDER, served(_H200_KINDS)),
+        ascend=ASCEND,
+        asked=_preempted_with(_NEXT),
+    ),
+    row(
+        "images of InternVLChatModel, Qwen2-VL, LLaVA-OneVision and GLM-4.1V with preemption",
         cpu=served(_CPU_NEW),
         cuda=(OLDER, untried("no run with its images preempted a request")),
         ascend=ASCEND,
-        asked=_preempted_with(_NEW),
+        asked=_preempted_with(_INTERN_CHAT | _QWEN2 | _ONEVISION | _GLM),
     ),
     row(
         "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, "
         "TORCH_SDPA)",
         cpu=refused("nobody has compared such an engine"),
-        cuda=(OLDER, untried("no run of `verify` has compared such an engine; upstream's own tests pass")),
+        cuda=(
+            OLDER,
+            served(_H200_KINDS_4, _H200_KINDS, why="few layers of Qwen3-VL-2B, random weights, in eager mode"),
+        ),
         ascend=ASCEND,
         asked=lambda config: _chosen_backend(config, True),
         details="The certificate of images runs the encoder on the backend that the engine has.",

@@ -46,8 +46,8 @@ def untried(why: str = "", releases: str = "") -> Cell:
     return Cell(UNTRIED, (), why, releases=releases)
 
 
-def absent(why: str = "") -> Cell:
-    return Cell(ABSENT, (), why)
+def absent(why: str = "", releases: str = "") -> Cell:
+    return Cell(ABSENT, (), why, releases=releases)
 
 
 # config (vllm.config.VllmConfig) -> the words for an error if the configuration uses the feature, else "".

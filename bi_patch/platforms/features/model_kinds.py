@@ -25,6 +25,10 @@ _CPU_POOLING = (
 _H200_POOLING = "invariance-2026-11-28-h200-pooling-vllm-0.33.0.json"
 _H200_ENCODERS = "invariance-2026-11-29-h200-pooling-vllm-0.33.0.json"
 _H200_ENCODERS_COMPILED = "invariance-2026-11-29-h200-pooling-vllm-0.33.0-2.json"
+_H200_SCORES_1 = "invariance-2026-11-30-h200-pooling-vllm-0.33.0.json"
+_H200_SCORES_2 = "invariance-2026-11-30-h200-pooling-vllm-0.33.0-2.json"
+_H200_KINDS_4 = "invariance-2026-11-30-h200-images-vllm-0.33.0-4.json"
+_H200_KINDS_3 = "invariance-2026-11-30-h200-images-vllm-0.33.0-3.json"
 
 
 def _scores(model: Any) -> bool:
@@ -59,7 +63,11 @@ MODEL_KINDS: tuple[Feature, ...] = (
         cpu=served(_CPU_POOLING[1], why="tiny models of each kind"),
         cuda=(
             refused("nobody tried it with these releases", todo="Use vLLM 0.33", releases="<0.33"),
-            untried("all patch points are those of embeddings"),
+            served(
+                _H200_SCORES_1,
+                _H200_SCORES_2,
+                why="the shape of Qwen3-Reranker-0.6B, and four layers of Qwen2's sizes, random weights, in eager mode",
+            ),
         ),
         ascend=refused(NO_SEAM, todo="Use a generating model"),
         asked=of_model(_scores, "classifiers, rerankers and rewards"),
@@ -91,7 +99,11 @@ MODEL_KINDS: tuple[Feature, ...] = (
     row(
         "multimodal models as text models (--language-model-only)",
         cpu=served(_CPU_TEXT),
-        cuda=untried(),
+        cuda=served(
+            _H200_KINDS_4,
+            _H200_KINDS_3,
+            why="few layers of Gemma-3-4B in eager mode, of Qwen3-VL-2B compiled, random weights",
+        ),
         ascend=refused(NO_SEAM, todo="Use a text model"),
         asked=of_model(lambda m: m.is_multimodal_model and not takes_images(m), "multimodal models"),
     ),

@@ -24,6 +24,7 @@ _H200_FEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-2.json"
 _H200_LAST = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0.json"
 _H200_KIMI = "invariance-2026-11-30-h200-kimi-vllm-0.33.0.json"
 _H200_STATES = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-4.json"
+_H200_STATES_5 = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-5.json"
 # --full: every axis, eager and compiled engines among them.
 _FULL_4 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-4.json"
 _FULL_5 = "invariance-2026-11-29-cpu-amx-full-vllm-0.32.0-5.json"
@@ -103,7 +104,14 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "gated delta nets (Qwen3.5)",
         cpu=untried("the layers of Qwen3-Next, with projections of their own"),
-        cuda=(_OLD, untried("the layers of Qwen3-Next, with projections of their own")),
+        cuda=(
+            _OLD,
+            served(
+                _H200_STATES,
+                _H200_STATES_5,
+                why="four layers of published sizes with random weights, six axes; with experts in eager mode, too",
+            ),
+        ),
         ascend=_CHUNKS,
         asked=lambda config: (
             _asked("Qwen3.5")(config)
@@ -163,7 +171,14 @@ RECURRENT: tuple[Feature, ...] = (
     row(
         "Mamba 2 (the first models)",
         cpu=served(_FULL_7, why="a tiny shape with random weights"),
-        cuda=(_OLD, untried("the layers of Falcon-H1")),
+        cuda=(
+            _OLD,
+            served(
+                _H200_STATES,
+                _H200_STATES_5,
+                why="four layers of published sizes with random weights, six axes; compiled and in eager mode",
+            ),
+        ),
         ascend=_CHUNKS,
         asked=lambda config: _named("Mamba2ForCausalLM")(config) and "Mamba 2 (the first models)",
     ),

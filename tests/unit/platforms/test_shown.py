@@ -63,6 +63,47 @@ def _modes(model: str, *axes: str) -> tuple[Rows, ...]:
 
 
 SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("Mamba 2 (the first models)", "cuda"): (
+        ("Mamba 2, eager", *_SIX),
+        ("Mamba 2", *_SIX),
+    ),
+    ("gated delta nets (Qwen3.5)", "cuda"): (
+        ("Qwen3.5", *_SIX),
+        ("Qwen3.5-MoE", *_SIX),
+        ("Qwen3.5-MoE, eager", *_SIX),
+    ),
+    (
+        "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend "
+        "FLASH_ATTN, TORCH_SDPA)",
+        "cuda",
+    ): (
+        ("Qwen3-VL-2B, bf16, encoder on FLASH_ATTN", "images"),
+        ("Qwen3-VL-2B, bf16, encoder on TORCH_SDPA", "images"),
+    ),
+    ("images of Mistral Small 3 and Qwen2.5-VL with preemption", "cuda"): (
+        ("Mistral-Small-3.1, bf16, across engines", "preemption"),
+        ("Qwen2.5-VL-3B, bf16, across engines", "preemption"),
+    ),
+    ("images of LLaVA-NeXT with preemption", "cuda"): (("LLaVA-NeXT-7B, bf16, across engines", "preemption"),),
+    ("images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT and GLM-4.1V, in an engine that vLLM compiles", "cuda"): (
+        ("InternVLChat-2B, bf16 compiled", "images"),
+        ("Qwen2-VL-2B, bf16 compiled", "images"),
+        ("LLaVA-NeXT-7B, bf16 compiled", "images"),
+        ("GLM-4.1V-9B, bf16 compiled", "images"),
+    ),
+    ("images of Idefics3 and Qwen2.5-VL, in an engine that vLLM compiles", "cuda"): (
+        ("Idefics3, bf16 compiled", "images"),
+        ("Qwen2.5-VL-3B, bf16 compiled", "images"),
+    ),
+    ("multimodal models as text models (--language-model-only)", "cuda"): (
+        ("Gemma-3-4B, bf16, language model only", *_SIX),
+        ("Qwen3-VL-2B, bf16 compiled, language model only", *_SIX),
+    ),
+    ("pooling: classifiers, rerankers and rewards made from decoders", "cuda"): (
+        ("Qwen3-Reranker-0.6B, bf16", *_ENCODED, "prefix cache", "chunk budget"),
+        ("Qwen2 classifier,*", *_ENCODED),
+        ("Qwen2 reward,*", *_ENCODED),
+    ),
     ("Mamba (the first models)", "cuda"): (
         ("Mamba, eager", *_SIX),
         ("Mamba", *_SIX),
@@ -526,11 +567,21 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
             "LLaVA-OneVision": "LLaVA-OneVision",
         }.items()
     },
-    (f"images of {_NEW_IMAGES}, in an engine that vLLM compiles", "cpu"): tuple(
-        (f"{model}, bf16 compiled", *_IMAGES) for model in _NEW_MODELS
+    ("images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT and GLM-4.1V, in an engine that vLLM compiles", "cpu"): (
+        ("InternVLChat, bf16 compiled", *_IMAGES),
+        ("Qwen2-VL, bf16 compiled", *_IMAGES),
+        ("LLaVA-NeXT, bf16 compiled", *_IMAGES),
+        ("GLM-4.1V, bf16 compiled", *_IMAGES),
     ),
-    (f"images of {_NEW_IMAGES} with preemption", "cpu"): tuple(
-        (f"{model}, bf16, across engines", "preemption") for model in _NEW_MODELS
+    ("images of LLaVA-OneVision, in an engine that vLLM compiles", "cpu"): (
+        ("LLaVA-OneVision, bf16 compiled", *_IMAGES),
+    ),
+    ("images of LLaVA-NeXT with preemption", "cpu"): (("LLaVA-NeXT, bf16, across engines", "preemption"),),
+    ("images of InternVLChatModel, Qwen2-VL, LLaVA-OneVision and GLM-4.1V with preemption", "cpu"): (
+        ("InternVLChat, bf16, across engines", "preemption"),
+        ("Qwen2-VL, bf16, across engines", "preemption"),
+        ("LLaVA-OneVision, bf16, across engines", "preemption"),
+        ("GLM-4.1V, bf16, across engines", "preemption"),
     ),
     ("images of InternVL with preemption", "cpu"): (("InternVL, bf16, across engines", "preemption"),),
     ("images (Qwen2-VL)", "cuda"): (("Qwen2-VL-2B, bf16", "images", "batch size"),),
@@ -608,8 +659,13 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of Qwen3-VL and Gemma 3 with preemption", "cpu"): tuple(
         (f"{model}, * across engines", "preemption") for model in ("Qwen3-VL", "Gemma 3")
     ),
-    ("images of Mistral Small 3, LLaVA with CLIP, Qwen2.5-VL and Idefics3 with preemption", "cpu"): tuple(
-        (f"{model}, * across engines", "preemption") for model in ("Mistral Small 3", "LLaVA", "Qwen2.5-VL", "Idefics3")
+    ("images of Mistral Small 3 and Qwen2.5-VL with preemption", "cpu"): (
+        ("Mistral Small 3, * across engines", "preemption"),
+        ("Qwen2.5-VL, * across engines", "preemption"),
+    ),
+    ("images of LLaVA with CLIP and Idefics3 with preemption", "cpu"): (
+        ("LLaVA, * across engines", "preemption"),
+        ("Idefics3, * across engines", "preemption"),
     ),
     ("images (GLM-4.5V)", "cpu"): (
         ("GLM-4.5V, bf16", *_IMAGES, "prefix cache", "batch size"),
@@ -1028,6 +1084,16 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "Gemma 3n in eager mode": ("Gemma 3n (text)",),
 }
 FAMILIES: dict[tuple[str, str], tuple[Rows, ...]] = {
+    ("Qwen3-Reranker, Qwen2 classifiers and reward models", "cuda"): (
+        ("Qwen3-Reranker-0.6B, bf16", *_ENCODED, "prefix cache", "chunk budget"),
+        ("Qwen2 classifier,*", *_ENCODED),
+        ("Qwen2 reward,*", *_ENCODED),
+    ),
+    ("Step 1 and Step 3", "cuda"): (
+        ("Step 1, eager", *_SIX),
+        ("Step 3, eager", *_SIX),
+    ),
+    ("SmolLM2", "cuda"): (("SmolLM2, eager", *_SIX),),
     ("Granite SWA", "cuda"): (("Granite SWA, eager", *_SIX),),
     ("Llama 2 and 3", "cpu"): (("tiny-llama bf16", *_SIX), ("tiny-llama fp32", *_SIX)),
     ("Llama 2 and 3", "cuda"): (
