@@ -31,6 +31,8 @@ _REQUESTS = (
 )
 # With speculation, min_p is refused by name, which is in the other axes of _REQUESTS.
 _CHECKED = ("structured output", "logprobs in any order", "prompt logprobs", "seeded sampling", *_CACHED)
+# Model runner V2, which n-grams have on CUDA, takes no logprob_token_ids beside speculation.
+_CHECKED_V2 = tuple(axis for axis in _CHECKED if axis != "logprobs in any order")
 _DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 
 
@@ -49,10 +51,11 @@ class Kind:
     dtype: str = "bfloat16"
 
 
-def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
+def _kinds(llama: str, qwen3: str, checked: tuple[str, ...]) -> dict[str, Kind]:
+    """checked: the axes of an engine whose every step checks drafts."""
     return {
         "LoRA": Kind(llama, _REQUESTS, requests="adapter"),
-        "n-grams": Kind(qwen3, _CHECKED, {"speculative_config": _DRAFTS}),
+        "n-grams": Kind(qwen3, checked, {"speculative_config": _DRAFTS}),
         "structured output": Kind(qwen3, ("logprobs in any order", *_CACHED), requests="grammar"),
         "LoRA, n-grams": Kind(llama, ("speculative decoding",), requests="adapter"),
         "features together": Kind(llama, ("features together",)),
@@ -60,7 +63,7 @@ def _kinds(llama: str, qwen3: str) -> dict[str, Kind]:
     }
 
 
-CPU = _kinds("tiny-llama", "tiny-qwen3") | {
+CPU = _kinds("tiny-llama", "tiny-qwen3", _CHECKED) | {
     "INT8, n-grams": Kind("tiny-qwen3-int8", ("speculative decoding",)),
     "W4A16, n-grams": Kind("tiny-qwen3-w4a16", ("speculative decoding",)),
     "FP8 blocks, n-grams": Kind("tiny-qwen3-fp8-blocks", ("speculative decoding",)),
@@ -75,7 +78,7 @@ _DRAFTED: dict[str, object] = {"speculative_config": _DRAFTS}
 _ALONE = ("structured output", "streamed inputs", "pauses", "processed logprobs", "kinds of sampling")
 _BATCHES = ("batch size", "mixed lengths", "co-batch contents", "prompt logprobs", "seeded sampling")
 _WHOLE = (*_BATCHES, "decode = prefill", *_CACHED)
-CUDA = _kinds("llama-100m", "qwen3-100m") | {
+CUDA = _kinds("llama-100m", "qwen3-100m", _CHECKED_V2) | {
     "FP8": Kind("qwen3-100m", _REQUESTS, _FP8),
     "FP8, n-grams": Kind("qwen3-100m", ("speculative decoding",), _FP8),
     "FP8, LoRA": Kind("llama-100m", ("LoRA", "LoRA off"), _FP8),

@@ -53,6 +53,12 @@ ON_HOST: dict[str, dict[str, object]] = {
     "--offload-group-size": {"offload_group_size": 1},
 }
 
+# What vLLM says of each when weights went to the host.
+_TELLS = {
+    "--cpu-offload-gb": "Total CPU offloaded parameters",
+    "--offload-group-size": "[PrefetchOffloader] Initialized",
+}
+
 
 def single(label: str, case: Case) -> tuple[list, list[str], SimpleNamespace]:
     """The rows of single requests, what failed otherwise, and what the file says of the machine."""
@@ -177,21 +183,25 @@ def row(label: str, axis: str, pairs: Sequence[tuple]):
 
 def weights(label: str, case: Case) -> tuple[list, list[str], object]:
     """The rows of engines with weights in the host's memory, nothing, and the Info of the engine without. The engines
-    start side by side."""
+    start side by side. Raises NotExercised if vLLM does not say that weights went to the host."""
     from concurrent.futures import ThreadPoolExecutor
 
     from bi_patch.tools.models import recipes
     from bi_patch.tools.verify.child import ARMED, ChildEngine
     from bi_patch.tools.verify.engine import Options
-    from bi_patch.tools.verify.probes import Workload
+    from bi_patch.tools.verify.probes import NotExercised, Workload
     from bi_patch.tools.verify.probes.crossing import everything
 
     folder = str(recipes.path(recipes.QWEN3_100M))
 
-    def answers(extra: dict[str, object]):
+    def answers(name: str, extra: dict[str, object]):
         given = MEMORY | extra | ({} if case.eager else GRAPHS)
         options = Options(folder, eager=case.eager, max_model_len=1024, max_num_seqs=64, chunk=512, extra=given)
         with ChildEngine(ARMED, options, environ=dict(os.environ)) as engine:
+            said = [line for line in Path(engine._log.name).read_text().splitlines() if _TELLS.get(name, "-") in line]
+            if name and not said:
+                raise NotExercised(f"{label}: the engine with {name} moved no weights")
+            print(f"{name}: {said[-1][-200:]}" if name else "", flush=True)
             load = Workload.random(
                 engine.info.vocab_size,
                 lengths=(3, 40, 290),
@@ -205,7 +215,7 @@ def weights(label: str, case: Case) -> tuple[list, list[str], object]:
             return engine.generate(everything(engine, load)), engine.info
 
     with ThreadPoolExecutor(1 + len(ON_HOST)) as pool:
-        (plain, info), *held = pool.map(answers, ({}, *ON_HOST.values()))
+        (plain, info), *held = pool.map(answers, ("", *ON_HOST), ({}, *ON_HOST.values()))
     rows = [
         row(
             f"{recipes.QWEN3_100M} bf16, {name}, {'eager' if case.eager else 'compiled'}",

@@ -64,7 +64,10 @@ CACHES: tuple[Feature, ...] = (
         cpu=refused("vLLM offloads from GPUs only"),
         cuda=(
             refused("prompt logprobs of offloaded positions are lost", releases="<0.32"),
-            untried("copies have equal bits"),
+            served(
+                "invariance-2026-11-30-h200-features-vllm-0.33.0.json",
+                why="a small Qwen3, in eager mode and compiled; prompts that left the GPU's cache and came back",
+            ),
         ),
         ascend=refused(NO_SEAM),
         asked=_transfer(True),

@@ -36,6 +36,8 @@ _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
 _CPU_REQUESTS_COMPILED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-3.json"
 _CPU_STREAMED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-2.json"
+_H200_PAIRS = "invariance-2026-11-30-h200-pairs-vllm-0.33.0.json"
+_H200_FEATURES = "invariance-2026-11-30-h200-features-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 _H100_AXES = "invariance-2026-11-28-h100-vllm-0.33.0.json"
 _H100_NEWEST = "invariance-2026-11-22-h100-seams-vllm-0.33.0.json"
@@ -177,7 +179,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "structured output",
         cpu=served(_CPU_QUICK, why="SmolLM2-135M, and a tiny Qwen3 compiled"),
-        cuda=untried(),
+        cuda=served(_H200_PAIRS, why="a small Qwen3, in eager mode and compiled"),
         ascend=untried(NO_NPU),
         details="Each request is served by the grammar library that it chooses itself, beside requests of others.",
     ),
@@ -191,7 +193,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "custom logits processors",
         cpu=served(_CPU_STREAMED, why="processors of bi-patch verify, a tiny Qwen3, in eager mode and compiled"),
-        cuda=untried(),
+        cuda=served(_H200_PAIRS, why="processors of bi-patch verify, a small Qwen3 in eager mode"),
         ascend=untried(NO_NPU),
         details="The class must say `batch_invariant = True`: its result for a row depends only on the request's "
         "parameters, prompt, generated tokens and logits. Other classes are refused (`plugins.logits_processors`).",
@@ -199,14 +201,14 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "prompt embeddings (enable_prompt_embeds)",
         cpu=served(_CPU_REQUESTS, why="a tiny Qwen3 in eager mode, in bf16 and fp32"),
-        cuda=untried(),
+        cuda=served(_H200_FEATURES, why="a small Qwen3 in eager mode"),
         ascend=untried(NO_NPU),
         asked=of_model(_embeds, "prompt embeddings"),
     ),
     row(
         "prompt embeddings, compiled",
         cpu=served(_CPU_REQUESTS_COMPILED, why="a tiny Qwen3, in bf16 and fp32"),
-        cuda=untried(),
+        cuda=served(_H200_FEATURES, why="a small Qwen3"),
         ascend=untried(NO_NPU),
         asked=when_compiled(of_model(_embeds, "compiled prompt embeddings")),
     ),
@@ -215,7 +217,7 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(
             _CPU_REQUESTS, _CPU_REQUESTS_COMPILED, why="a tiny Qwen3, in eager mode and compiled, in bf16 and fp32"
         ),
-        cuda=untried(),
+        cuda=served(_H200_FEATURES, why="a small Qwen3, in eager mode and compiled"),
         ascend=untried(NO_NPU),
         details="`reset_prefix_cache(reset_running_requests=True)` is refused where it would drop tokens that a "
         "sampled request has drawn: with asynchronous scheduling on model runner V1.",
@@ -228,7 +230,7 @@ FEATURES: tuple[Feature, ...] = (
         ),
         cuda=(
             untried("with --no-async-scheduling; vLLM 0.32 and later take it without", releases="<0.32"),
-            untried(),
+            served(_H200_PAIRS, _H200_FEATURES, why="a small Qwen3, in eager mode and compiled"),
         ),
         ascend=untried(NO_NPU),
         details="Refused are parts that change what vLLM reads from the first part alone (`streamed.parts`), streamed "
@@ -237,7 +239,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "pauses (sleep level 0, pause_generation)",
         cpu=served(_CPU_STREAMED, why="running requests kept their keys and values, or were computed again"),
-        cuda=untried(),
+        cuda=served(_H200_PAIRS, why="a small Qwen3, in eager mode and compiled"),
         ascend=untried(NO_NPU),
         details="Requests that are kept go on with the same bits. Where a pause clears the cache and would drop tokens "
         "that a sampled request has drawn, it is refused (`scheduler.reset_running`).",
@@ -327,7 +329,7 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)",
         cpu=absent(),
-        cuda=untried("nobody has compared an engine's bits"),
+        cuda=served(_H200_PAIRS, why="a small Qwen3; vLLM then compiles no model"),
         ascend=untried(NO_NPU),
         asked=_switched("VLLM_USE_BREAKABLE_CUDAGRAPH", "breakable CUDA graphs"),
     ),

@@ -22,6 +22,7 @@ _CPU_TINY = "invariance-2026-11-28-cpu-families-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _H200_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0.json"
+_H200_SMALL = "invariance-2026-11-30-h200-pairs-vllm-0.33.0.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 
 # The evidence of both together, by platform. A pair without a file is untried.
@@ -33,10 +34,18 @@ _CPU: dict[tuple[str, str], str] = {
 }
 _CUDA: dict[tuple[str, str], str] = {
     (LORA, LOGPROBS): _H200_LORA,
+    (LORA, GRAMMARS): _H200_SMALL,
+    (LORA, PREEMPTED): _H200_SMALL,
+    **dict.fromkeys(((GRAMMARS, asked) for asked in REQUESTS[1:]), _H200_SMALL),
     (LORA, CACHED): "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
     (SPECULATION, LOGPROBS): _H200_SPECULATION,
     **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _H200_FP8),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),
+}
+_WHY = {  # by the file and the engine's part
+    (_H200_FP8, QUANTIZED): "FP8, in eager mode",
+    (_H200_SMALL, LORA): "a small Llama model in eager mode",
+    (_H200_SMALL, GRAMMARS): "a small Qwen3, in eager mode and compiled",
 }
 _ASCEND = {
     LORA: refused("its products split K by the number of rows", by="features.ascend"),
@@ -48,7 +57,7 @@ _ASCEND = {
 
 
 def _cell(known: dict[tuple[str, str], str], pair: tuple[str, str]) -> Cell:
-    why = "FP8, in eager mode" if known.get(pair) == _H200_FP8 else ""
+    why = _WHY.get((known.get(pair, ""), pair[0]), "")
     return served(known[pair], why=why) if pair in known else untried()
 
 

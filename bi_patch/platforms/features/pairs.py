@@ -348,7 +348,14 @@ PAIRS: tuple[Feature, ...] = (
     row(
         "two of LoRA, speculation and quantized weights, in an engine that vLLM compiles",
         cpu=untried("measured in eager mode"),
-        cuda=untried("measured in eager mode"),
+        cuda=(
+            _OLDER,
+            served(
+                "invariance-2026-11-30-h200-speculation-vllm-0.33.0.json",
+                "invariance-2026-11-30-h200-pairs-vllm-0.33.0.json",
+                why="n-grams, --quantization fp8, a small Llama model",
+            ),
+        ),
         ascend=_REFUSED,
         asked=_two_compiled,
     ),

@@ -728,6 +728,61 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("images with LoRA and n-grams", "cpu"): (("Qwen3-VL, bf16", "features together"),),
     ("images with structured output", "cpu"): (("Qwen3-VL, bf16, grammars", "images"),),
+    ("structured output", "cuda"): (
+        ("qwen3-100m bf16, requests", "structured output"),
+        ("qwen3-100m bf16 compiled, requests", "structured output"),
+    ),
+    ("custom logits processors", "cuda"): (("qwen3-100m bf16, logits processors", "custom logits processors"),),
+    ("prompt embeddings (enable_prompt_embeds)", "cuda"): (("* single requests, eager", "prompt embeddings"),),
+    ("prompt embeddings, compiled", "cuda"): (("* single requests, compiled", "prompt embeddings"),),
+    ("n, beam search, bias with allowed tokens, min_tokens, priorities, a reset of running requests", "cuda"): (
+        ("* single requests, eager", *_ASKED),
+        ("* single requests, compiled", *_ASKED),
+    ),
+    ("streamed inputs (prompts in parts)", "cuda"): (
+        ("qwen3-100m bf16, requests", "streamed inputs"),
+        ("qwen3-100m bf16 compiled, requests", "streamed inputs"),
+        ("* single requests, eager", *_STREAMED),
+        ("* single requests, compiled", *_STREAMED),
+    ),
+    ("pauses (sleep level 0, pause_generation)", "cuda"): (
+        ("qwen3-100m bf16, requests", "pauses"),
+        ("qwen3-100m bf16 compiled, requests", "pauses"),
+    ),
+    ("breakable CUDA graphs (VLLM_USE_BREAKABLE_CUDAGRAPH=1)", "cuda"): (
+        ("qwen3-100m bf16 compiled, breakable CUDA graphs", *_SIX, "preemption"),
+    ),
+    ("KV offload to the engine's own memory (OffloadingConnector, SimpleCPUOffloadConnector)", "cuda"): (
+        (
+            "* OffloadingConnector, eager",
+            "offloaded prefix",
+            "offloaded prefix, in a batch",
+            "prompt logprobs of offloaded positions",
+        ),
+        (
+            "* OffloadingConnector, compiled",
+            "offloaded prefix",
+            "offloaded prefix, in a batch",
+            "prompt logprobs of offloaded positions",
+        ),
+        (
+            "* SimpleCPUOffloadConnector, eager",
+            "offloaded prefix",
+            "offloaded prefix, in a batch",
+            "prompt logprobs of offloaded positions",
+        ),
+        (
+            "* SimpleCPUOffloadConnector, compiled",
+            "offloaded prefix",
+            "offloaded prefix, in a batch",
+            "prompt logprobs of offloaded positions",
+        ),
+    ),
+    ("two of LoRA, speculation and quantized weights, in an engine that vLLM compiles", "cuda"): (
+        ("llama-100m, LoRA, ngram 3 drafts*", *_SPECULATED),
+        ("llama-100m, FP8, ngram 3 drafts*", *_SPECULATED),
+        ("llama-100m bf16 compiled, FP8, LoRA, each other", *_FIVE),
+    ),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets (Qwen3-Next)", "cuda"): (
@@ -1038,7 +1093,19 @@ _ENGINES = {
     ("cuda", pairs.LORA): "* LoRA eager",
     ("cuda", pairs.SPECULATION): "* n-grams with *",
     ("cuda", pairs.QUANTIZED): "*, FP8",
+    ("cuda", matrix.GRAMMARS): "*, structured output",
     ("cpu", matrix.GRAMMARS): "*, structured output",
+}
+# Pairs whose files name the engine's part in another way.
+_NAMED = {
+    **dict.fromkeys(
+        (("cuda", f"{pairs.LORA} with {asked}") for asked in (matrix.GRAMMARS, matrix.PREEMPTED)),
+        "llama-100m bf16, LoRA",
+    ),
+    **dict.fromkeys(
+        (("cuda", f"{pairs.SPECULATION} with {asked}") for asked in (matrix.GRAMMARS, matrix.CACHED, matrix.PREEMPTED)),
+        "qwen3-100m bf16, n-grams",
+    ),
 }
 _ASKED = {
     matrix.GRAMMARS: "structured output",
@@ -1056,7 +1123,7 @@ def of_pair(name: str, platform: str) -> tuple[Rows, ...]:
     if (platform, other) == ("cuda", matrix.LOGPROBS):
         axes = _COMPARES_LOGPROBS.get(first, axes)
     if first in (*matrix.ENGINES, matrix.GRAMMARS):
-        return ((_ENGINES[platform, first], *axes),)
+        return ((_NAMED.get((platform, name)) or _ENGINES[platform, first], *axes),)
     return (("*", _ASKED[first], _ASKED[other]),)
 
 
