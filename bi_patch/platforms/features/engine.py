@@ -261,7 +261,11 @@ FEATURES: tuple[Feature, ...] = (
     row(
         "weights in the host's memory (--cpu-offload-gb, --offload-group-size)",
         cpu=absent("the weights are in the host's memory in any case"),
-        cuda=untried("the same kernels read them"),
+        cuda=served(
+            _H200_FEATURES,
+            _H200_PAIRS,
+            why="a small Qwen3, in eager mode and compiled; in eager mode also against weights on the GPU",
+        ),
         ascend=untried(NO_NPU),
         asked=_offloaded,
     ),

@@ -248,15 +248,15 @@ def test_lora_is_refused_where_it_has_no_patch_points():
             check(platform, release, lora=SimpleNamespace())
 
 
-def test_weights_in_the_hosts_memory_are_named_untried():
+def test_weights_in_the_hosts_memory_are_recognized():
+    row = next(row for row in table.ROWS if row.name.startswith("weights in the host's memory"))
     for held in (
         {"offload": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1.5), prefetch=None)},
         {"offload": SimpleNamespace(uva=None, prefetch=SimpleNamespace(offload_group_size=2))},
         {"cache_cpu_offload_gb": 1},
     ):
-        found = table.untried(config(**held), "cuda", Version("0.33.0"))
-        assert any("in the host's memory" in name for name in found), held
-    assert not any("host's" in name for name in table.untried(config(), "cuda", Version("0.33.0")))
+        assert row.asked(config(**held)) == "weights in the host's memory", held
+    assert row.asked(config()) == ""
 
 
 def test_ranks_are_untried_on_cpu_where_no_run_had_as_many():
@@ -756,11 +756,15 @@ def test_an_engine_names_the_untried_pairs_of_which_it_has_its_part():
         return table.untried(config(**changes), "cuda", Version("0.33.0"))
 
     assert untried(lora=SimpleNamespace()) == ()
-    drafts = "speculative decoding with prefix caching"
-    assert drafts in untried(speculative=ngram())
-    assert drafts not in untried(speculative=ngram(), cache_enable_prefix_caching=False)
-    assert "speculative decoding with preemption" in untried(speculative=ngram())
+    assert untried(speculative=ngram()) == ()
     assert untried() == ()
+
+
+def test_a_pair_with_prefix_caching_is_there_only_with_the_cache():
+    row = next(row for row in table.ROWS if row.name == "speculative decoding with prefix caching")
+    assert row.asked(config(speculative=ngram())) == row.name
+    assert row.asked(config(speculative=ngram(), cache_enable_prefix_caching=False)) == ""
+    assert row.asked(config()) == ""
 
 
 def test_modes_that_no_run_has_are_named():

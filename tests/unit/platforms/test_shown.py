@@ -783,6 +783,14 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("llama-100m, FP8, ngram 3 drafts*", *_SPECULATED),
         ("llama-100m bf16 compiled, FP8, LoRA, each other", *_FIVE),
     ),
+    ("weights in the host's memory (--cpu-offload-gb, --offload-group-size)", "cuda"): (
+        ("* --cpu-offload-gb, eager", "weights on the host"),
+        ("* --offload-group-size, eager", "weights on the host"),
+        ("qwen3-100m bf16, weights on the host", *_SIX, "preemption"),
+        ("qwen3-100m bf16, weights on the host, prefetched", *_SIX, "preemption"),
+        ("qwen3-100m bf16 compiled, weights on the host", *_SIX, "preemption"),
+        ("qwen3-100m bf16 compiled, weights on the host, prefetched", *_SIX, "preemption"),
+    ),
     # Recurrent layers.
     ("gated delta nets (Qwen3-Next)", "cpu"): (("Qwen3-Next,*", *_SIX, "preemption"),),
     ("gated delta nets (Qwen3-Next)", "cuda"): (
@@ -1096,16 +1104,13 @@ _ENGINES = {
     ("cuda", matrix.GRAMMARS): "*, structured output",
     ("cpu", matrix.GRAMMARS): "*, structured output",
 }
-# Pairs whose files name the engine's part in another way.
-_NAMED = {
-    **dict.fromkeys(
-        (("cuda", f"{pairs.LORA} with {asked}") for asked in (matrix.GRAMMARS, matrix.PREEMPTED)),
-        "llama-100m bf16, LoRA",
-    ),
-    **dict.fromkeys(
-        (("cuda", f"{pairs.SPECULATION} with {asked}") for asked in (matrix.GRAMMARS, matrix.CACHED, matrix.PREEMPTED)),
-        "qwen3-100m bf16, n-grams",
-    ),
+# Pairs on CUDA whose files name the engine's part in another way.
+_NAMED: dict[str, Rows] = {
+    f"{pairs.LORA} with {matrix.GRAMMARS}": ("llama-100m bf16, LoRA", "structured output"),
+    f"{pairs.LORA} with {matrix.PREEMPTED}": ("llama-100m bf16, LoRA", "preemption"),
+    f"{pairs.SPECULATION} with {matrix.GRAMMARS}": ("llama-100m bf16, features together", "features together"),
+    f"{pairs.SPECULATION} with {matrix.CACHED}": ("Qwen3-8B, 3 layers, ngram*", "prefix cache"),
+    f"{pairs.SPECULATION} with {matrix.PREEMPTED}": ("llama-100m, eager, eagle*", "preemption"),
 }
 _ASKED = {
     matrix.GRAMMARS: "structured output",
@@ -1118,12 +1123,14 @@ _COMPARES_LOGPROBS = {pairs.LORA: _LORA, pairs.SPECULATION: _SPECULATED}  # wher
 
 def of_pair(name: str, platform: str) -> tuple[Rows, ...]:
     """What the files of a served row of `matrix.MATRIX` must hold."""
+    if platform == "cuda" and name in _NAMED:
+        return (_NAMED[name],)
     first, other = name.split(" with ")
     axes = (_ASKED[other],)
     if (platform, other) == ("cuda", matrix.LOGPROBS):
         axes = _COMPARES_LOGPROBS.get(first, axes)
     if first in (*matrix.ENGINES, matrix.GRAMMARS):
-        return ((_NAMED.get((platform, name)) or _ENGINES[platform, first], *axes),)
+        return ((_ENGINES[platform, first], *axes),)
     return (("*", _ASKED[first], _ASKED[other]),)
 
 
