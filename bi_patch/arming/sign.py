@@ -28,7 +28,7 @@ class Sign(msgspec.Struct, frozen=True):
     numbers of patch points that are closed, and of all whose modules an engine core loads. certificates: those of all
     workers. untried: what this engine uses, and what the feature table calls untried. contract: what decides
     the engine's bits (bi_patch.arming.contract). linears: how many linear layers each route serves, on CPU. settings:
-    those of its process that decide bits.
+    those of its process that decide bits. failed: the certificates of all workers that failed.
     """
 
     version: str
@@ -42,6 +42,7 @@ class Sign(msgspec.Struct, frozen=True):
     contract: dict[str, Any] = {}
     linears: dict[str, int] = {}
     settings: dict[str, str] = {}
+    failed: tuple[str, ...] = ()
 
     def words(self) -> str:
         """One line for a log."""
@@ -79,6 +80,7 @@ def make(config: Any, executor: Any) -> None:
         contract.make(config, executor, plan.platform, str(plan.release)),
         workers.routes(executor, plan.platform),
         agreement.settings(plan.platform),
+        workers.failed(executor),
     )
     running.keep(current.engine.contract)
     _log.info("%s (engine core)", current.engine.words())
@@ -136,8 +138,10 @@ def compare(first: Sign, other: Sign) -> None:
 def _decides(sign: Sign) -> dict[str, Any]:
     """What decides an engine core's bits, by name: all of its contract but vLLM's name of the engine.
 
-    On CPU, a linear layer of 16-bit weights has the same bits by each route, and one of quantized weights has not.
+    A layer of 16-bit weights has the same bits by each route, also after a certificate failed. One of quantized weights
+    may have others.
     """
     held = {name: value for name, value in sign.contract.items() if name != "instance"}
-    routes = {"linears": sign.linears} if held.get("quantization") else {}
-    return held | sign.settings | routes
+    if held.get("quantization"):
+        held |= {"linears": sign.linears, "failed certificates": list(sign.failed)}
+    return held | sign.settings

@@ -9,6 +9,7 @@ from bi_patch import identity
 from bi_patch.arming import process, startup
 from bi_patch.errors import BiPatchError, SeamOpen
 from bi_patch.ops.certificates import Counts, counts
+from bi_patch.ops.certificates import failed as own_failed
 from bi_patch.seams import active
 
 _CURE = (
@@ -55,6 +56,16 @@ def _certificates(worker: Any) -> tuple[int, int, int, dict[str, float]]:
     """In a worker: the fields of its Counts, as plain data for the way between processes."""
     held = counts()
     return held.passed, held.failed, held.cached, held.seconds
+
+
+def failed(executor: Any) -> tuple[str, ...]:
+    """The certificates that failed in a worker: operation and problem."""
+    return tuple(sorted({name for names in executor.collective_rpc(_failed) for name in names}))
+
+
+def _failed(worker: Any) -> list[str]:
+    """In a worker: its certificates that failed."""
+    return own_failed()
 
 
 def routes(executor: Any, platform: str) -> dict[str, int]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vllm.bi_patch")
 _warned: set[str] = set()
 _obtained: dict[str, tuple[bool, bool]] = {}  # by the key's digest: whether it passed, whether it was read from disk
+_failed: dict[str, str] = {}  # by the key's digest: operation and problem
 _seconds: dict[str, float] = {}  # by kind of work (`clock`)
 _inside: list[float] = []  # for each running clock, the seconds of the clocks inside it
 
@@ -192,6 +193,10 @@ def obtain(
         if certificate is None:
             certificate = _made(folder, key, make)
     _obtained[key.digest()] = certificate.passed, held is not None
+    if certificate.passed:
+        _failed.pop(key.digest(), None)
+    else:
+        _failed[key.digest()] = f"{key.operation} {key.problem}"
     if not certificate.passed and instead and key.digest() not in _warned:
         _warned.add(key.digest())
         rows, passed = len(certificate.evidence.rows), len(certificate.passed_rows)
@@ -222,6 +227,11 @@ def counts() -> Counts:
     passed = sum(good for good, _ in _obtained.values())
     seconds = {kind: round(spent, 3) for kind, spent in sorted(_seconds.items())}
     return Counts(passed, len(_obtained) - passed, sum(cached for _, cached in _obtained.values()), seconds)
+
+
+def failed() -> list[str]:
+    """The certificates that this process obtained and that failed: operation and problem."""
+    return sorted(set(_failed.values()))
 
 
 def require(made: Iterable[Certificate], cure: str = "") -> None:

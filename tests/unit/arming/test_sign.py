@@ -41,13 +41,14 @@ def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     monkeypatch.setattr(running, "contracts", {})
     counts = [(2, 0, 2, {"linear": 1.0}), (3, 1, 0, {"linear": 0.5, "norm": 0.25})]
     routes = [{"bundled avx2": 4}, {"bundled avx2": 2, "library or bundled avx2": 1}]
-    answers = {workers._certificates: counts, workers._routes: routes}
+    answers = {workers._certificates: counts, workers._routes: routes, workers._failed: [["cuda.x b"], ["cuda.x a"]]}
     with caplog.at_level(logging.INFO, logger="vllm.bi_patch"):
         sign.make(None, SimpleNamespace(collective_rpc=answers.get))
     assert (
         state.engine.certificates == Counts(5, 1, 2, {"linear": 1.0, "norm": 0.25})
         and state.engine.digest == identity.digest()
     )
+    assert state.engine.failed == ("cuda.x a", "cuda.x b")
     assert state.engine.linears == {"bundled avx2": 6, "library or bundled avx2": 1}
     assert running.contracts == {"ab123": state.engine.contract}
     (line,) = caplog.messages
@@ -110,6 +111,12 @@ def test_a_front_end_refuses_another_engine_core(state, payload, said):
             {"linears": {"bundled": 3}, "contract": {"instance": "ab", "quantization": "awq"}},
             "linears",
         ),
+        (
+            {"failed": ("cuda.products N=1",), "contract": {"instance": "ab", "quantization": "modelopt_fp4"}},
+            {"failed": (), "contract": {"instance": "ab", "quantization": "modelopt_fp4"}},
+            "failed certificates .*N=1",
+        ),
+        ({"failed": ("cuda.linear N=1",)}, {}, ""),
     ],
 )
 def test_data_parallel_engine_cores_decide_bits_alike(state, monkeypatch, first, other, said):

@@ -159,6 +159,7 @@ def test_time_counts_once_for_the_innermost_kind_and_workers_start_side_by_side(
     monkeypatch.setattr(certificates.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(certificates, "_seconds", {})
     monkeypatch.setattr(certificates, "_obtained", {})
+    monkeypatch.setattr(certificates, "_failed", {})
 
     def make(seconds, error=None):
         now[0] += seconds
@@ -174,6 +175,9 @@ def test_time_counts_once_for_the_innermost_kind_and_workers_start_side_by_side(
         certificates.obtain(tmp_path, KEY, lambda: make(8, RuntimeError("none")), anew=True)
     kind = KEY.operation.split(".")[1]
     held = certificates.counts()
+    assert certificates.failed() == [f"{KEY.operation} {KEY.problem}"]
+    certificates.obtain(tmp_path, KEY, certificate)
+    assert certificates.failed() == []
     assert held.seconds == {"other": 1.0, kind: 10.0, "compile": 4.0}
     both = held + certificates.Counts(1, 0, 1, {"other": 3.0, "norm": 0.04})
     assert both.seconds == {"other": 3.0, kind: 10.0, "compile": 4.0, "norm": 0.04}
