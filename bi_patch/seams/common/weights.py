@@ -17,6 +17,8 @@ _MIXED = "_bi_patch_mixed"  # attribute of vLLM's RequestState
 _SOURCE = ("model", "model_weights", "revision")  # fields of vLLM's ModelConfig: where weights are read
 _DROPPED = "_bi_patch_dropped"  # attribute of vLLM's EngineCore: it sleeps without its weights
 
+# A front end's call to its engine cores, in place of a worker's method: they hold other weights than each other.
+SPLIT = "bi_patch: other weights"
 # Methods of workers that write no weights. Every other call to the workers counts as a write.
 READING = frozenset(
     {
@@ -164,6 +166,12 @@ def _begun(draft, targets: list) -> bool:
     return any(get_layerwise_info(layer).can_load() for layer in draft.modules() if layer not in shared)
 
 
+def _split(worker) -> None:
+    """In a worker whose data-parallel engine core holds other weights than another: each later step stops."""
+    for model in weights.models():
+        weights.broke(model, RuntimeError("a call to the workers failed in one data-parallel engine core alone"))
+
+
 def _settle(core, after=_settled) -> None:
     if active.plan is not None and active.plan.platform in ("cpu", "cuda"):
         core.model_executor.collective_rpc(after)
@@ -202,6 +210,8 @@ def _calls(original):
     def collective_rpc(self, method, *args, **kwargs):
         if method in READING:
             return original(self, method, *args, **kwargs)
+        if method == SPLIT:
+            return _settle(self, _split)
         _refuse(self, method)
         try:
             result = original(self, method, *args, **kwargs)

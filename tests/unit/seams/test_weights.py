@@ -1,5 +1,6 @@
 """Weight updates below the engine: identities, block hashes, marks, and a model's load_weights. Stand-ins for vLLM."""
 
+import asyncio
 import gc
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from bi_patch import files
 from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 from bi_patch.seams import weights
 from bi_patch.seams.common import weights as seams
+from bi_patch.seams.common import weights_of_cores
 from bi_patch.seams.cpu import weights as cpu
 from bi_patch.training import samplers
 
@@ -471,3 +473,60 @@ def test_a_load_of_its_own_that_fails_half_way_can_be_made_again(monkeypatch):
         run(core, lambda worker: model.load_weights(half()))
     weights.ready()
     assert not weights.pending and weights.identity() != identity
+
+
+class Cores:
+    """A double of vLLM's client of three engine cores, of which some fail."""
+
+    core_engines = (0, 1, 2)
+
+    def __init__(self, failing):
+        self.failing, self.calls = failing, []
+
+    async def _call_utility_async(self, method, *args, engine):
+        self.calls.append((method, args, engine))
+        if engine in self.failing and args[0] != seams.SPLIT:
+            raise OSError(f"no file on node {engine}")
+        return f"of {engine}"
+
+
+@pytest.mark.parametrize(
+    ("failing", "method", "split"),
+    [((), "update", False), ((1,), "update", True), ((0, 1, 2), "update", False), ((1,), "list_loras", False)],
+    ids=["none", "one", "every", "reads"],
+)
+def test_a_write_that_fails_in_one_engine_core_alone_stops_all(failing, method, split):
+    """The load of the front end decides which engine core serves a request."""
+
+    async def original(self, method, *args):
+        return (await asyncio.gather(*(self._call_utility_async(method, *args, engine=e) for e in (0, 1, 2))))[0]
+
+    client = Cores(failing)
+    call = weights_of_cores._every_core(original)(client, "collective_rpc", method, None, (), {})
+    if failing:
+        with pytest.raises(OSError, match=f"no file on node {failing[0]}"):
+            asyncio.run(call)
+    else:
+        assert asyncio.run(call) == "of 0"
+    told = [("collective_rpc", (seams.SPLIT,), engine) for engine in (0, 1, 2)]
+    assert client.calls[3:] == (told if split else [])
+
+
+def test_other_calls_to_engine_cores_are_vllms():
+    async def original(self, method, *args):
+        return method, args
+
+    assert asyncio.run(weights_of_cores._every_core(original)(None, "reset_prefix_cache", 1)) == (
+        "reset_prefix_cache",
+        (1,),
+    )
+
+
+def test_an_engine_core_with_other_weights_computes_no_more(monkeypatch):
+    model = Layers(torch.nn.Linear(2, 2))
+    weights.watch_model(model)
+    monkeypatch.setattr(seams.active, "plan", SimpleNamespace(platform="cpu"))
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda call: call(None)))
+    seams._calls(None)(core, seams.SPLIT)
+    with pytest.raises(WeightsBroken, match="failed in one data-parallel engine core alone"):
+        weights.ready()
