@@ -10,8 +10,8 @@ import torch
 from bi_patch import files
 from bi_patch.errors import NoEngine, UnsupportedFeature, WeightsBroken
 from bi_patch.seams import weights
+from bi_patch.seams.common import replicas
 from bi_patch.seams.common import weights as seams
-from bi_patch.seams.common import weights_of_cores
 from bi_patch.seams.cpu import weights as cpu
 from bi_patch.training import samplers
 
@@ -502,7 +502,7 @@ def test_a_write_that_fails_in_one_engine_core_alone_stops_all(failing, method, 
         return (await asyncio.gather(*(self._call_utility_async(method, *args, engine=e) for e in (0, 1, 2))))[0]
 
     client = Cores(failing)
-    call = weights_of_cores._every_core(original)(client, "collective_rpc", method, None, (), {})
+    call = replicas._every_core(original)(client, "collective_rpc", method, None, (), {})
     if failing:
         with pytest.raises(OSError, match=f"no file on node {failing[0]}"):
             asyncio.run(call)
@@ -516,7 +516,7 @@ def test_other_calls_to_engine_cores_are_vllms():
     async def original(self, method, *args):
         return method, args
 
-    assert asyncio.run(weights_of_cores._every_core(original)(None, "reset_prefix_cache", 1)) == (
+    assert asyncio.run(replicas._every_core(original)(None, "reset_prefix_cache", 1)) == (
         "reset_prefix_cache",
         (1,),
     )

@@ -36,7 +36,7 @@ async def _ask(client, *args) -> list:
 
 SEAMS = (
     Seam(
-        name="weights.every_core",
+        name="replicas.weights",
         targets=(Target("vllm.v1.engine.core_client", "DPLBAsyncMPClient.call_utility_async"),),
         close=_every_core,
         why="a write that fails in one data-parallel engine core alone leaves engine cores with other weights, and the "
