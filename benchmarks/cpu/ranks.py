@@ -63,6 +63,16 @@ CASES = {
     "tiny-qwen3 bf16 TP 2 compiled": Case("tiny-qwen3", 2, FEW, eager=False),
     "tiny-qwen3 fp32 TP 4": Case("tiny-qwen3", 4, FEW, "float32"),
     "tiny-qwen3-moe bf16 TP 2": Case("tiny-qwen3-moe", 2, FEW),
+    "tiny-qwen3-moe bf16 TP 2 compiled": Case("tiny-qwen3-moe", 2, MORE, eager=False),
+    **{
+        f"{model} bf16 TP 4{_mode(eager)}": Case(model, 4, MORE, eager=eager)
+        for model in ("tiny-qwen3", "tiny-qwen3-moe")
+        for eager in (True, False)
+    },
+    **{
+        f"tiny-qwen3 bf16 PP 3{_mode(eager)}": Case("tiny-qwen3", 1, MORE, eager=eager, stages=3)
+        for eager in (True, False)
+    },
     "tiny-qwen3 bf16, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL),
     "tiny-qwen3 bf16, TP 1, 2 and 4 equal, compiled": Case("tiny-qwen3", 1, SIZES, eager=False, environ=EQUAL),
     "tiny-qwen3 fp32, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, "float32", environ=EQUAL),
