@@ -26,6 +26,7 @@ _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
 _CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
+_CPU_MORE_RANKS = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-6.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 
 
@@ -115,6 +116,11 @@ def _experts_of_data_ranks(state: str, words: str) -> Callable[[Any], str]:
     return asked
 
 
+def _other_sizes(config: Any) -> str:
+    ranks = size(config, "tensor_parallel_size")
+    return "" if ranks in (1, 2, 4) else f"tensor parallelism over {ranks}"
+
+
 _ONE_STAGE = (2, 4, 6, 8)  # ranks that vLLM's one-stage all-reduce serves
 
 
@@ -162,7 +168,9 @@ DISTRIBUTED: tuple[Feature, ...] = (
             _CPU_TENSOR,
             _CPU_SIZES,
             _CPU_RANKS_UPDATED,
-            why="measured with two ranks over shared memory, experts, compiled code and new weights included",
+            _CPU_MORE_RANKS,
+            why="two and four ranks over shared memory, in eager mode and compiled, also with experts; new weights "
+            "with two",
         ),
         cuda=(
             untried("the order of the sums is checked at the start", releases="<0.33"),
@@ -177,6 +185,13 @@ DISTRIBUTED: tuple[Feature, ...] = (
         ),
         ascend=untried(NO_NPU),
         asked=_of_parallel("tensor_parallel_size", "tensor parallelism over 1"),
+    ),
+    row(
+        "tensor parallelism over other numbers of ranks than two and four",
+        cpu=untried("measured with two and four ranks"),
+        cuda=untried("measured with two and four ranks"),
+        ascend=untried(NO_NPU),
+        asked=_other_sizes,
     ),
     row(
         "tensor parallelism without vLLM's one-stage all-reduce (no peer memory, or other than 2, 4, 6 or 8 ranks), "
@@ -239,6 +254,13 @@ DISTRIBUTED: tuple[Feature, ...] = (
         cuda=(untried(releases="<0.33"), served(_H200_RANKS, why="two stages in eager mode")),
         ascend=untried(NO_NPU),
         asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 1"),
+    ),
+    row(
+        "pipeline parallelism over three or more stages",
+        cpu=served(_CPU_MORE_RANKS, why="three stages, a tiny Qwen3, in eager mode and compiled"),
+        cuda=untried("measured with two stages"),
+        ascend=untried(NO_NPU),
+        asked=_of_parallel("pipeline_parallel_size", "pipeline parallelism over 2", 2),
     ),
     row(
         "pipeline parallelism, compiled",

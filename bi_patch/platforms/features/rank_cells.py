@@ -21,7 +21,9 @@ CPU: dict[tuple[str, str], Cell] = {
     ),
     ("pipeline parallelism", "data parallelism"): served(_CPU_REPLICAS, why=f"two by two ranks, a tiny Qwen3, {_BOTH}"),
     ("experts", "tensor parallelism"): served(
-        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json", why="two ranks, a tiny Qwen3-MoE"
+        "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-2.json",
+        "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-6.json",
+        why=f"two and four ranks, a tiny Qwen3-MoE, {_BOTH}",
     ),
     ("MLA", "tensor parallelism"): served(_CPU, why=f"two ranks, a tiny DeepSeek V2 and V3, {_BOTH}"),
     ("MLA", "pipeline parallelism"): served(

@@ -37,6 +37,7 @@ _ASKED = (
     "a reset of running requests",
 )
 _EQUAL = ("tensor parallel size",)
+_DENSE_AND_EXPERTS = ("qwen3", "qwen3-moe")
 _STEPS = ("batch size", "load of all ranks", "data-parallel rank")
 _OTHER_FOUR_BITS = ("tiny-qwen2-awq", "tiny-llama-gptq")
 _RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
@@ -266,6 +267,11 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("*-moe bf16 TP 2", "batch size"),
         ("* TP 2 compiled", "batch size"),
         ("* TP 2, new weights", "weight update"),
+        *((f"tiny-{model} bf16 TP 4{mode}", *_SIX) for model in _DENSE_AND_EXPERTS for mode in ("", " compiled")),
+    ),
+    ("pipeline parallelism over three or more stages", "cpu"): (
+        ("tiny-qwen3 bf16 PP 3", *_SIX),
+        ("tiny-qwen3 bf16 PP 3 compiled", *_SIX),
     ),
     ("tensor parallelism", "cuda"): (
         ("Qwen3-8B*TP 4, compiled", *_RANKS, "decode = prefill"),
@@ -1043,7 +1049,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         for scheme in ("int8", "int8-static", "awq", "gptq", "w4a16", "w4a16-zeros", "fp8-blocks")
     ),
     # Pairs.
-    ("experts with tensor parallelism", "cpu"): (("*-moe bf16 TP 2", "batch size"),),
+    ("experts with tensor parallelism", "cpu"): (
+        ("*-moe bf16 TP 2", "batch size"),
+        *((f"*-moe bf16 TP {mode}", *_SIX) for mode in ("2 compiled", "4", "4 compiled")),
+    ),
     ("LoRA with speculative decoding", "cpu"): (
         ("* LoRA, n-grams", *_SPECULATED),
         ("tiny-llama bf16, features together", "features together"),
