@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import traceback
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bi_patch.errors import BiPatchError
+from bi_patch.errors import BiPatchError, MissingDependency
 
 # Without rich's markup, help is plain text: no boxes, one line a command.
 app = typer.Typer(
@@ -87,8 +88,23 @@ def _contained(command: Callable) -> Callable:
     return run
 
 
+_VLLMS = ("torch", "vllm")  # an environment without vLLM has neither
+
+
+def _named(error: Exception) -> Exception:
+    """MissingDependency for an import that an environment without vLLM cannot do, any other error as it is."""
+    lacks = isinstance(error, ModuleNotFoundError) and error.name in _VLLMS and not importlib.util.find_spec(error.name)
+    if not lacks:
+        return error
+    return MissingDependency(
+        f"{error.name} is not installed in this environment. Run the command with the bi-patch of the environment that "
+        "has vLLM (`bi-patch --version` names the vLLM that it finds)"
+    )
+
+
 def _tell(error: Exception) -> None:
     """Print a named error or a usage error as one paragraph, any other error with its traceback."""
+    error = _named(error)
     if isinstance(error, BiPatchError):
         said = str(error)
     elif hasattr(error, "format_message"):  # a usage error: typer's releases define its class in different places

@@ -37,7 +37,10 @@ def features(
         rows = found(about)
         if not rows:
             texts = " and ".join(map(repr, about))
-            raise SettingError(f"nothing in the feature table names {texts}. `bi-patch features` prints all of it")
+            alone = all(map(found, ([text] for text in about)))
+            wider = "Rows name each of them, and a row of both may name a wider group, e.g. 'quantized weights' for AWQ"
+            advice = wider if len(about) > 1 and alone else "`bi-patch features` prints all of it"
+            raise SettingError(f"no row of the feature table names {texts}. {advice}")
         output.paragraph(output.console(), "\n\n".join(rows))
         return
     made = blocks()

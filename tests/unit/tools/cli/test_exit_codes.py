@@ -57,3 +57,16 @@ def test_a_named_error_says_what_the_user_gave_letter_by_letter(bi_patch, name):
 def test_a_folder_is_printed_letter_by_letter(bi_patch, tmp_path):
     done = bi_patch("certify", BI_PATCH_CACHE=str(tmp_path / "[red]a[/bold]"))
     assert done.returncode == 0 and "[red]a[/bold]" in done.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "there", "named"),
+    [("torch", False, True), ("vllm", False, True), ("torch", True, False), ("x", False, False)],
+)
+def test_an_environment_without_vllm_is_named(monkeypatch, capsys, module, there, named):
+    from bi_patch.tools import cli
+
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object() if there else None)
+    cli._tell(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    said = capsys.readouterr().err
+    assert ("MissingDependency" in said) == named and module in said

@@ -25,6 +25,8 @@ def test_what_names_a_text_is_printed_with_its_states_and_reasons():
 
 def test_a_text_that_nothing_names_is_an_error():
     assert "nosuchthing" in str(run("--about", "nosuchthing").exception)
+    assert "prints all of it" in str(run("--about", "LoRA", "--about", "nosuchthing").exception)
+    assert "may name a wider group" in str(run("--about", "LoRA", "--about", "AWQ").exception)
     assert isinstance(run("--about", "LoRA", "README.md").exception, SettingError)
 
 
