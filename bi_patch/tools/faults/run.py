@@ -232,10 +232,12 @@ def all_right(found: Faults) -> bool:
 
 
 def verdict(found: Faults) -> str:
-    """A line with the counts."""
+    """A line with the counts. Some of the faults, or all of a platform, may have been planted."""
     caught, refusals = evidence.faults_caught(found.rows)
+    planted = len({row.cause for row in found.rows if not row.refused})
     return (
-        f"{caught} of {evidence.CAUSES} causes caught and named, {refusals} more refused by name; "
+        f"{caught} of {planted} planted causes caught and named (there are {evidence.CAUSES}), "
+        f"{refusals} more refused by name; "
         f"without a fault {found.clean[1]} of {found.clean[0]} pairs differ"
     )
 
