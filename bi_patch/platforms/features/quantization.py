@@ -327,7 +327,7 @@ QUANTIZATION: tuple[Feature, ...] = (
             cells.NEW_GRAPHS,
             cells.OSS_RUN,
             cells.ROWS_GRAPHS,
-            cells.NVFP4_EXPERTS_RUN,
+            cells.EXPERTS,
             why="AWQ, GPTQ, W4A16, W8A16, INT8 and FP8 with static and dynamic activations, NVFP4 "
             "weights, and experts of 4 bits, in MXFP4, in NVFP4 and in FP8",
         ),

@@ -10,6 +10,7 @@ NO_KERNEL = REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them",
 H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 BESIDE = "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json"  # compiled, most beside eager engines
 TODAY = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json"  # compiled, nine axes
+EXPERTS = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-3.json"  # the same
 WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
     "invariance-2026-11-29-h200-mla-two-compiled-vllm-0.33.0.json",
@@ -130,7 +131,7 @@ NVFP4_ROWS = (
 NVFP4_ROWS_QUARK = (served(ROWS_EAGER, TODAY, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"), NONE)
 NVFP4_EXPERTS_RUN = "invariance-2026-11-30-h200-nvfp4-experts-vllm-0.33.0.json"
 NVFP4_EXPERTS = layers(
-    "Qwen3-30B-A3B", how="compiled and in eager mode; of ModelOpt in eager mode", files=(NVFP4_EXPERTS_RUN,)
+    "Qwen3-30B-A3B", how="compiled and in eager mode; of ModelOpt in eager mode", files=(NVFP4_EXPERTS_RUN, EXPERTS)
 )
 NVFP4_ROWS_EXPERTS = layers(
     "Qwen3-30B-A3B", how="compiled and in eager mode; activations in bf16; not of ModelOpt", files=(TODAY,)

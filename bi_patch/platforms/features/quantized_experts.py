@@ -111,7 +111,7 @@ def _by_wna16(config: Any) -> str:
 
 
 # Kinds of experts that a run on CUDA had in compiled code.
-COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros, _nvfp4, _nvfp4_rows)
+COMPILED_EXPERTS = (_four_bits, kinds.mxfp4, _blocks, _channels, _by_tensor, _zeros, _eight_bits, _nvfp4, _nvfp4_rows)
 
 _BY_WNA16 = "invariance-2026-11-30-h200-moe-wna16-vllm-0.33.0.json"
 _OWN = cells.layers("Qwen3-30B-A3B", how="compiled, beside an eager engine", files=(cells.OWN_EXPERTS,))
@@ -173,7 +173,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
     ),
     row(
         "experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)",
-        **cells.cuda(cells.TRIAL),
+        **cells.cuda(cells.layers("Qwen3-30B-A3B", how="of GPTQ, compiled and in eager mode", files=(cells.EXPERTS,))),
         asked=quantized_experts(_eight_bits),
     ),
     row(

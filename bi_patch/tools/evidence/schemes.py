@@ -9,7 +9,7 @@ from bi_patch.tools.evidence.store import Table
 
 MISSING, STOPS = "not measured", "stops"
 # Models at which upstream's mode stops with an error, so its time cannot be measured.
-UPSTREAM_STOPS = ("Qwen3-8B AWQ, 6 layers", "Qwen3-8B NVFP4, 6 layers")
+UPSTREAM_STOPS = ("Qwen3-8B AWQ, 6 layers", "Qwen3-8B NVFP4, 6 layers", "Qwen3-30B-A3B NVFP4 experts, 6 layers")
 # The models whose rows the table has, in this order, with or without a measurement.
 MODELS = (
     "Qwen3-8B FP8 block, 6 layers",
@@ -26,6 +26,7 @@ MODELS = (
     "Qwen3-30B-A3B FP8 block experts, 6 layers",
     "Qwen3-30B-A3B FP8 channel experts, 6 layers",
     "Qwen3-30B-A3B W4A16 experts, 6 layers",
+    "Qwen3-30B-A3B NVFP4 experts, 6 layers",
     "gpt-oss-20b MXFP4, 6 layers",
     "DeepSeek-V3 FP8 block, 4 layers",
 )

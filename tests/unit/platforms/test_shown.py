@@ -49,7 +49,6 @@ _SPECULATED = ("speculative decoding",)
 _PUBLISHED = ("batch size", "decode = prefill", "eager and compiled")
 _RESTARTED = ("preemption", "restart")
 _NINE = (*_SIX, *_RESTARTED, "eager and compiled")
-_COMPILED_NVFP4 = ("batch size", "prefix cache", "chunk budget", "decode = prefill", "preemption", "eager and compiled")
 _LATE = ("batch size", "decode = prefill", *_RESTARTED)
 
 RECURRENT = next(row.name for row in pairs.PAIRS if row.name.startswith("recurrent layers over ranks in other"))
@@ -959,6 +958,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* W4A16 experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
         ("* GPTQ experts, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED),
     ),
+    ("experts of 8 bits in groups, weights alone (GPTQ, compressed-tensors)", "cuda"): (
+        ("* GPTQ 8-bit experts, 2 layers, eager", *_SIX),
+        ("* GPTQ 8-bit experts, 2 layers", *_NINE),
+    ),
     ("experts of AWQ and GPTQ by --quantization moe_wna16", "cuda"): tuple(
         (f"* {method} experts by moe_wna16, 2 layers", *_SIX, *_RESTARTED, *_PUBLISHED) for method in ("AWQ", "GPTQ")
     ),
@@ -986,7 +989,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ),
     ("experts in NVFP4, weights alone (compressed-tensors, ModelOpt)", "cuda"): (
         ("* NVFP4 experts, 2 layers, eager", *_SIX),
-        ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
+        ("* NVFP4 experts, 2 layers", *_NINE),
         ("* ModelOpt NVFP4 experts, 2 layers, eager", "batch size", "mixed lengths", "decode = prefill"),
     ),
     ("experts in NVFP4, weights and activations (compressed-tensors, ModelOpt)", "cuda"): (
@@ -1040,7 +1043,8 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     + tuple((f"* {scheme}, 2 layers", *_SIX) for scheme in ("MXFP4", "W4A16 experts", "GPTQ experts"))
     + tuple((f"* {scheme}, 2 layers", *_SIX, *_PUBLISHED) for scheme in ("FP8 tensor", "AWQ experts"))
     + (
-        ("* NVFP4 experts, 2 layers", *_COMPILED_NVFP4),
+        ("* NVFP4 experts, 2 layers", *_NINE),
+        ("* GPTQ 8-bit experts, 2 layers", *_NINE),
         ("Qwen3-8B NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
         ("Qwen3-8B ModelOpt NVFP4 W4A4, 2 layers", "batch size", "decode = prefill", "eager and compiled"),
     ),
