@@ -11,6 +11,7 @@ from bi_patch.platforms.features.distributed import DISTRIBUTED
 from bi_patch.platforms.features.model import Feature, absent, refused, row, served, untried
 from bi_patch.platforms.features.model_kinds import MODEL_KINDS
 from bi_patch.platforms.features.questions import NO_NPU, everywhere, of_model, takes_images, when_compiled
+from bi_patch.platforms.features.ranks import size
 from bi_patch.platforms.features.speculation import DRAFTS
 from bi_patch.platforms.features.trainers import TRAINERS
 
@@ -87,6 +88,11 @@ def _images_from_rust(config: Any) -> str:
     """The Rust front end sends images under hashes that it made itself, which no patch point sees."""
     taken = config.model_config is not None and takes_images(config.model_config)
     return "images from the Rust front end" if taken and variables.switched(_RUST) else ""
+
+
+def _cores_of_rust(config: Any) -> str:
+    several = size(config, "data_parallel_size") > 1 and variables.switched(_RUST)
+    return "several engine cores of the Rust front end" if several else ""
 
 
 _RUST = "VLLM_USE_RUST_FRONTEND"
@@ -350,6 +356,15 @@ FEATURES: tuple[Feature, ...] = (
             "only the Python front end's patch points see that an image bears another one's name", f"Unset {_RUST}"
         ),
         asked=_images_from_rust,
+    ),
+    row(
+        "data parallelism behind vLLM's Rust front end",
+        **everywhere(
+            "only the Python front end compares what decides the bits of its engine cores, any of which may serve a "
+            "request",
+            f"Unset {_RUST}",
+        ),
+        asked=_cores_of_rust,
     ),
     row(
         "LoRA",

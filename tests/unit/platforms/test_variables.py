@@ -153,3 +153,13 @@ def test_images_from_the_rust_front_end_are_refused(monkeypatch):
     assert row("vLLM's Rust front end").asked(SimpleNamespace(model_config=text))
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
     assert not asked(SimpleNamespace(model_config=images))
+
+
+def test_data_parallelism_behind_the_rust_front_end_is_refused(monkeypatch):
+    """The front end's load decides which engine core serves a request."""
+    asked = row("data parallelism behind vLLM's Rust").asked
+    one, two = (SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=n)) for n in (1, 2))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    assert asked(two) and not asked(one)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    assert not asked(two)
