@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bi_patch.errors import UnsupportedFeature
 from bi_patch.tools.faults import catch, every
@@ -142,3 +143,23 @@ def test_what_has_no_kernel_is_refused_before_weights_are_loaded(refusing, model
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedFeature, match=f"features: .*{said}"):
         refusing.refuse(Options(str(tmp_path), max_model_len=512))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (recipes.INT8, "model.layers.1.mlp.down_proj.weight_scale", float("nan")),
+        (recipes.AWQ, "model.layers.0.self_attn.o_proj.scales", float("inf")),
+        (recipes.STATIC, "model.layers.0.mlp.down_proj.input_scale", -1.0),
+    ],
+)
+def test_a_scale_that_gives_no_numbers_is_refused_with_the_name_of_its_tensor(
+    refusing_late, model, tmp_path, name, key, value
+):
+    for file in Path(model(name)).iterdir():
+        shutil.copy(file, tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    held[key].view(-1)[-1] = value
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedFeature, match=f"quantized.scales: {key} "):
+        refusing_late.refuse(Options(str(tmp_path), max_model_len=512))
