@@ -87,7 +87,7 @@ CACHES: tuple[Feature, ...] = (
             "cuda": (
                 served(
                     "invariance-2026-11-30-h200-eighths-vllm-0.33.0-2.json",
-                    "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json",
+                    "invariance-2026-11-30-h200-kv-heads-vllm-0.33.0-3.json",
                     why="two layers of Qwen3-8B's sizes, compiled and in eager mode; with scales of each key head, too",
                     releases=">=0.33",
                 ),

@@ -407,7 +407,7 @@ PAIRS: tuple[Feature, ...] = (
             served(
                 "invariance-2026-11-30-h200-eighths-vllm-0.33.0.json",
                 "invariance-2026-11-30-h200-eighths-vllm-0.33.0-2.json",
-                "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json",
+                "invariance-2026-11-30-h200-kv-heads-vllm-0.33.0-3.json",
                 why="two layers of Qwen3-8B's sizes, in eager mode; the checkpoint asks for the cache; with scales "
                 "of each key head compiled, too",
                 releases=">=0.33",
