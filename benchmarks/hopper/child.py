@@ -3,8 +3,9 @@
     PYTHONPATH=. python3 benchmarks/hopper/child.py MODEL MODE OUT.json --cost [--only WORKLOADS] [--eager] [--profile]
 
 MODEL is a name of bi_patch/tools/models/shapes.py, or such a name with another number of layers: "Qwen3-30B-A3B, 12
-layers". MODE is stock, upstream or armed. The weights are random, from a normal distribution with a fixed seed and a
-standard deviation of fan_in**-0.5. report.py makes result files from the JSON files.
+layers". MODE is stock, upstream, armed, or parts: armed with BI_PATCH_TP_INVARIANT=8. The weights are random, from a
+normal distribution with a fixed seed and a standard deviation of fan_in**-0.5. report.py makes result files from the
+JSON files.
 """
 
 import argparse
@@ -30,12 +31,14 @@ COST = {
 # Only by name: fewer decode steps.
 SHORT = {name.replace("/128", "/64"): (*size[:2], 64, 3) for name, size in COST.items() if "/128" in name}
 WORKLOADS = COST | SHORT
+MODES = ("stock", "upstream", "armed", "parts")
+ARMED = ("armed", "parts")
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("mode", choices=("stock", "upstream", "armed"))
+    parser.add_argument("mode", choices=MODES)
     parser.add_argument("out")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--only", help="comma-separated cost workloads")
@@ -72,7 +75,8 @@ def shape(model: str) -> dict[str, object]:
 
 def environment(mode: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["BI_PATCH"] = "1" if mode == "armed" else "0"
+    os.environ["BI_PATCH"] = "1" if mode in ARMED else "0"
+    os.environ["BI_PATCH_TP_INVARIANT"] = "8" if mode == "parts" else "0"
     # vLLM would compile DeepGEMM's kernels for 1,100 shapes, which takes minutes. `warm` compiles those of a workload.
     os.environ.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
     if mode == "stock":
@@ -103,7 +107,7 @@ class Engine:
 
     def __init__(self, a):
         started = time.perf_counter()
-        if a.mode == "armed":
+        if a.mode in ARMED:
             import bi_patch  # noqa: F401  arms before vllm loads
         from vllm import LLM
 
@@ -390,7 +394,7 @@ def main() -> None:
     if a.profile:
         profile(engine)
     save(result, a.out)
-    if a.mode == "armed":
+    if a.mode in ARMED:
         from bi_patch.ops.cuda import linear, scaled_linear
 
         routes = linear.routes() | scaled_linear.routes()

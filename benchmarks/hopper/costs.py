@@ -21,6 +21,7 @@ import bi_patch_entry
 
 bi_patch_entry.without_arming()
 
+import child  # noqa: E402
 import engines  # noqa: E402
 import extras_cost  # noqa: E402
 import quantized  # noqa: E402
@@ -36,6 +37,7 @@ SHORT = ("1 x 512/64", "8 x 1024/64", "64 x 512/64", "256 x 512/64")
 SHARE = 0.03  # of the GPU's memory that must be free at each start; the KV caches have fixed sizes
 MODES = ("stock", "armed")
 UPSTREAM = (*MODES, "upstream")
+PARTS = (*MODES, "parts")  # armed, and armed with BI_PATCH_TP_INVARIANT
 TOGETHER = (
     "The engines of a round start side by side, and times are taken when all have started. "
     "CUDA graphs of the measured sizes alone"
@@ -181,6 +183,9 @@ ROUNDS += [
         over(4, model("Qwen3-30B-A3B, 4 layers", (1.6, 2.0, 3.0), SHORT)),
     ],
 ]
+# One GPU again.
+ROUNDS.append([model("Qwen3-8B, 8 layers", (5.2, 5.3, 2.5), (MANY, MOST, ONE, EIGHT), modes=PARTS)])
+OF_ONE.append(len(ROUNDS))
 
 
 def plan(a: argparse.Namespace) -> Iterator[list[Entry]]:
@@ -197,7 +202,7 @@ def unknown(a: argparse.Namespace) -> str:
     """What the arguments name and no round has, in words; "" for nothing."""
     names = [entry.name for number in a.rounds for entry in ROUNDS[number - 1]]
     said = [f"--only {text!r}" for text in a.only or () if not any(text in name for name in names)]
-    said += [f"--modes {mode!r}" for mode in a.modes.split(",") if mode not in UPSTREAM]
+    said += [f"--modes {mode!r}" for mode in a.modes.split(",") if mode not in child.MODES]
     return ", ".join(said)
 
 
@@ -218,7 +223,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=_numbers, default=OF_ONE)
     parser.add_argument("--only", action="append", help="models whose name contains this text; repeatable")
     parser.add_argument("--together", action="store_true", help="start the models of all --rounds at once")
-    parser.add_argument("--modes", default=",".join(UPSTREAM))
+    parser.add_argument("--modes", default=",".join(child.MODES))
     parser.add_argument("--repeats", type=int, help="of each workload; by default, as planned")
     parser.add_argument("--start", type=float, default=170, help="seconds for the start of the first round")
     parser.add_argument("--later", type=float, default=120, help="seconds for the start of a later round")
@@ -243,7 +248,8 @@ def main() -> None:
     say("starts")
     one = {*a.rounds} & {*OF_ONE}
     note = ". ".join([NOTE] * bool(one) + [OF_RANKS] * bool({*a.rounds} - one))
-    with nurseries(a.modes.split(",")) as made:
+    modes = [mode for mode in a.modes.split(",") if any(mode in e.modes for entries in rounds for e in entries)]
+    with nurseries(modes) as made:
         for number, entries in enumerate(rounds):
             allowed = a.later if number else a.start
             deadline = time.monotonic() + min(allowed, began + a.limit - time.monotonic())

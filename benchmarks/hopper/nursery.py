@@ -28,7 +28,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
 
 class Nursery:
-    """The process that forks engines of one mode: stock, upstream or armed. It ends with the process that made it."""
+    """The process that forks engines of one mode of child.MODES. It ends with the process that made it."""
 
     def __init__(self, mode: str, modules: Sequence[str] = MODULES) -> None:
         self.mode = mode
@@ -68,7 +68,7 @@ def _serve(mode: str, requests: socket.socket, modules: Sequence[str]) -> None:
     import child
 
     child.environment(mode)
-    if mode == "armed":
+    if mode in child.ARMED:
         import bi_patch  # noqa: F401  arms before vLLM loads
     for module in modules:
         importlib.import_module(module)

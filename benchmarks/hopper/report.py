@@ -118,6 +118,7 @@ def cost_row(model: str, workload: str, unit: str, times: dict[str, list[float]]
         *(median.get(mode) for mode in MODES),
         repeats=min(map(len, times.values())),
         ratio=round(statistics.median(armed / stock for armed, stock in pairs), 4) if pairs else None,
+        parts=median.get("parts"),
         stock_range=span.get("stock"),
         armed_range=span.get("armed"),
     )

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import engines
 import run
-from child import COST, workloads
+from child import COST, MODES, workloads
 from nursery import Nursery, nurseries
 from peers import UNFUSED
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser = run.options(__doc__)
     parser.add_argument("--model", default="Llama-3.2-1B", help="a name of SHAPES")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--modes", default="stock,armed", help="upstream: upstream's own mode")
+    parser.add_argument("--modes", default="stock,armed", help=f"of {', '.join(MODES)}")
     parser.add_argument("--only", help=f"comma-separated workloads of {', '.join(COST)}")
     parser.add_argument("--kv-gib", type=float, default=24, help="KV cache of each engine")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of each engine")

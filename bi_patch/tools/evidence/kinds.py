@@ -16,6 +16,7 @@ class CostRow(msgspec.Struct):
 
     stock, upstream, armed: median times in `unit`, None for an engine that cannot run. ratio: the median over repeats
     of armed / stock, each pair measured back to back. stock_range, armed_range: the least and the greatest time.
+    parts: as armed, with BI_PATCH_TP_INVARIANT=8.
     """
 
     model: str
@@ -28,6 +29,7 @@ class CostRow(msgspec.Struct):
     ratio: float | None = None
     stock_range: tuple[float, float] | None = None
     armed_range: tuple[float, float] | None = None
+    parts: float | None = None
 
 
 class InvarianceRow(msgspec.Struct):

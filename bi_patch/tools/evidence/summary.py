@@ -70,6 +70,8 @@ def blocks(tables: Mapping[str, Table]) -> dict[str, str]:
         if table.kind is not Cost:
             continue
         made[f"summary-{mark}"] = _cost(table)
+        if text := _in_parts(table):
+            made[f"summary-{mark}-parts"] = text
         models = {row.model for row in table.rows}
         for word, choice in CHOSEN.items():
             if mark == "cost-h200" and models.issuperset(choice.models):
@@ -121,6 +123,20 @@ def _cost(table: Table, choice: Choice | None = None) -> str:
     return "\n\n".join([*parts, _origin(table, {model for model, _ in (*ratios, *others)})])
 
 
+def _in_parts(table: Table) -> str:
+    """Engines with BI_PATCH_TP_INVARIANT=8 against armed and against stock engines, by the GPU's time; "" for none."""
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in table.rows:
+        column = _column(_GPU.sub("", row.workload)) if row.parts and _GPU.search(row.workload) else ""
+        for against in ("armed", "stock"):
+            if column and (base := getattr(row, against)):
+                ratios.setdefault((row.model, against), {}).setdefault(column, []).append(row.parts / base)
+    if not ratios:
+        return ""
+    origin = _origin(table, {model for model, _ in ratios}, "armed and stock", "`BI_PATCH_TP_INVARIANT=8`")
+    return f"{_ratios(ratios, True, 'against')}\n\n{origin}"
+
+
 def _ordered(ratios: dict, choice: Choice) -> dict:
     """The rows of the chosen models in their order, by the GPU's time where a model has it."""
     keys = [next((key for key in ((m, "GPU"), (m, "clock")) if key in ratios), None) for m in choice.models]
@@ -139,7 +155,8 @@ def _column(workload: str) -> str:
     return str(requests) if requests <= MANY else "more"
 
 
-def _ratios(ratios: Mapping[tuple[str, str], Mapping[str, list[float]]], many: bool) -> str:
+def _ratios(ratios: Mapping[tuple[str, str], Mapping[str, list[float]]], many: bool, second: str = "by") -> str:
+    """second: what the second part of a key is."""
     held = {column for row in ratios.values() for column in row} - (set() if many else {"more"})
     numbers = sorted((column for column in held if column.isdigit()), key=int)
     long = sorted(column for column in held if " of " in column)
@@ -148,7 +165,7 @@ def _ratios(ratios: Mapping[tuple[str, str], Mapping[str, list[float]]], many: b
     if numbers:
         heads[numbers[0]] = f"decode of {numbers[0]} request{'s' if numbers[0] != '1' else ''}"
     clocks = len({by for _, by in ratios}) > 1
-    names = ["model", *(["by"] if clocks else []), *(heads.get(column, column) for column in columns)]
+    names = ["model", *([second] if clocks else []), *(heads.get(column, column) for column in columns)]
     lines = [f"| {' | '.join(names)} |", "|---|" + ("---|" if clocks else "") + "--:|" * len(columns)]
     for (model, by), row in ratios.items():
         cells = [_shown(model), *([by] if clocks else []), *(_range(row.get(column)) for column in columns)]
@@ -212,8 +229,8 @@ def _device(found: Evidence) -> str:
     return {"cpu": "CPU", "cpu-amx": "CPU with AMX"}.get(found.platform, found.platform.upper())
 
 
-def _origin(table: Table, models: set[str], other: str = "stock") -> str:
+def _origin(table: Table, models: set[str], other: str = "stock", own: str = "Armed") -> str:
     """Device, release and days of the files that supply these models."""
     days = sorted({source.evidence.date for source in table.sources if models & set(source.models)})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Armed / {other} on {table.device}, vLLM {table.vllm}, {when}."
+    return f"{own} / {other} on {table.device}, vLLM {table.vllm}, {when}."

@@ -33,7 +33,19 @@ def _cost(table: Table) -> str:
         value = row.ratio or (row.armed / row.stock if row.armed and row.stock else None)
         ratio = "" if value is None else f"{value:.2f}"
         lines.append(f"| {row.model} | {row.workload} | {' | '.join(times)} | {ratio} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_in_parts(table.rows)])
+
+
+def _in_parts(rows: list[CostRow]) -> list[str]:
+    """The lines of a second table, of engines with BI_PATCH_TP_INVARIANT=8; none without such an engine."""
+    names = ("armed", "armed, `BI_PATCH_TP_INVARIANT=8`", "/ armed", "/ stock")
+    lines = ["", f"| model | workload | {' | '.join(names)} |", f"|---|---|{'--:|' * len(names)}"]
+    held = [row for row in rows if row.parts is not None]
+    for row in held:
+        times = [_time(value, row.unit) for value in (row.armed, row.parts)]
+        ratios = [f"{row.parts / base:.2f}" if base else "-" for base in (row.armed, row.stock)]
+        lines.append(f"| {row.model} | {row.workload} | {' | '.join([*times, *ratios])} |")
+    return lines if held else []
 
 
 def _invariance(table: Table, name: str = "axis", names: str = "axes") -> str:

@@ -86,7 +86,10 @@ def test_costs_become_rows_with_ratios(tmp_path):
     report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0, upstream=5.0))
     (row,) = evidence.read(path, evidence.Cost).rows
     assert (row.workload, row.unit, row.upstream, row.ratio) == ("decode 1 x 512/128", "ms/step", 5.0, 0.5)
-    assert row.repeats == 2 and row.armed_range == (2.0, 2.0)
+    assert row.repeats == 2 and row.armed_range == (2.0, 2.0) and row.parts is None
+    report(tmp_path, *costs(tmp_path, "one", armed=2.0, stock=4.0, parts=2.5))
+    (row,) = evidence.read(path, evidence.Cost).rows
+    assert (row.armed, row.parts, row.ratio) == (2.0, 2.5, 0.5)
 
 
 def test_the_rows_of_a_workload(tmp_path):

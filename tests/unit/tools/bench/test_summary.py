@@ -82,6 +82,22 @@ def test_a_scheme_that_nobody_has_measured_says_so(tmp_path, monkeypatch):
     assert "summary-cost-h200-quantized" not in summary.blocks(tables(tmp_path / "other", c=rows))
 
 
+def test_parts_of_k_stand_against_armed_and_stock(tmp_path):
+    rows = {"decode (GPU) 1 x 512/128": 0.5, "prefill (GPU) 8 x 1024/128": 1.0, "decode 1 x 512/128": 1.0}
+    made = tables(tmp_path, a=rows, b=rows)
+    assert "summary-cost-h200-parts" not in summary.blocks(made)
+    assert "TP_INVARIANT" not in evidence.markdown(made["cost-h200"])
+    for row in made["cost-h200"].rows:
+        row.parts = 11.0 if row.model == "a" else None
+    assert summary.blocks(made)["summary-cost-h200-parts"].splitlines()[:4] == [
+        "| model | against | decode of 1 request | prompts |",
+        "|---|---|--:|--:|",
+        "| a | armed | 2.20 | 1.10 |",
+        "| a | stock | 1.10 | 1.10 |",
+    ]
+    assert "| a | decode (GPU) 1 x 512/128 | 5.00 ms | 11.0 ms | 2.20 | 1.10 |" in evidence.markdown(made["cost-h200"])
+
+
 def test_axes_of_quantized_weights_stand_by_mode(tmp_path):
     found = evidence.new(evidence.Invariance, INFO)
     held = {

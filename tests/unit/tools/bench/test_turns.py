@@ -193,10 +193,30 @@ def test_what_no_round_has_is_told_before_anything_starts(hopper, monkeypatch, c
     assert run("--plan", "--rounds", "8", "--only", "NVFP4", "--modes", "stock,armed") == (
         "Qwen3-8B NVFP4, 6 layers: stock, armed\n\n"
     )
+    assert run("--plan", "--together", "--only", "Qwen3-8B, 8 layers", "--only", "AWQ") == (
+        "Qwen3-8B AWQ, 6 layers: stock, armed\nQwen3-8B, 8 layers: stock, armed, parts\n\n"
+    )
     for words in (["--rounds", "7", "--only", "NVFP4"], ["--only", "NVFP4", "--only", "NVFP5"], ["--modes", "armd"]):
         with pytest.raises(SystemExit):
             run(*words)
         assert f"no round has {words[-2]} '{words[-1]}'" in capsys.readouterr().err
+
+
+def test_the_environment_of_a_mode(hopper, monkeypatch):
+    import child
+
+    monkeypatch.setattr(os, "environ", {"BI_PATCH_TP_INVARIANT": "4", "VLLM_BATCH_INVARIANT": "1"})
+    names = ("BI_PATCH", "BI_PATCH_TP_INVARIANT", "VLLM_BATCH_INVARIANT")
+    seen = {}
+    for mode in child.MODES:
+        child.environment(mode)
+        seen[mode] = [os.environ.get(name, "") for name in names]
+    assert seen == {
+        "stock": ["0", "0", ""],
+        "upstream": ["0", "0", "1"],
+        "armed": ["1", "0", "1"],
+        "parts": ["1", "8", "1"],
+    }
 
 
 def test_a_shape_with_another_number_of_layers(hopper):
