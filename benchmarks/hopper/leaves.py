@@ -1,40 +1,64 @@
 """Row-parallel products in eight leaves of K: bits for 1, 2, 4 and 8 ranks, computed one by one, and times.
 
-    PYTHONPATH=. python3 benchmarks/hopper/leaves.py OUT.json [--seconds 20]
+    PYTHONPATH=. python3 benchmarks/hopper/leaves.py OUT.json [--seconds 20] [--go FILE]
 
 Each row of the result: a shape and a number of rows; outputs that differ between numbers of ranks, between forms (each
-leaf by programs of its own, or all leaves of a tile by one) and between a row alone and in the batch; the largest error
-against fp64 beside that of PyTorch's product; microseconds of each form in a graph, for 1 rank and for one of 2, and of
-PyTorch's product. "sums": the bundled sum over 1 to 8 ranks, against the sum in rank order, bit by bit.
+leaf by programs of its own, all leaves of a tile by one, or leaves_flat.py) and between a row alone and in the batch;
+the largest error against fp64 beside that of PyTorch's product; microseconds of each form in a graph, for 1 rank and
+for one of 2, and of PyTorch's product. Calls take turns over copies of the weight, which L2 does not hold together.
+--go: bits are compared at once, and times taken once FILE exists. "sums": the bundled sum over 1 to 8 ranks, against
+the sum in rank order, bit by bit.
 """
 
 import argparse
-import functools
 import json
 import os
 import time
+from pathlib import Path
 
 os.environ["BI_PATCH"] = "0"
 
-SHAPES = {"Qwen3-8B o_proj": (4096, 4096), "Qwen3-8B down_proj": (4096, 12288), "Qwen3-1.7B down_proj": (2048, 6144)}
-ROWS = (1, 8, 64, 256, 2048, 8192)
-TILES = ((64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4))
-FEW = (
-    (16, 32, 64, 4, 5),
-    (16, 64, 64, 4, 5),
-    (16, 64, 128, 4, 4),
-    (32, 64, 64, 4, 4),
-    (64, 64, 64, 4, 4),
-    (64, 128, 64, 8, 3),
-)
+SHAPES = {"Qwen3-8B o_proj": (4096, 4096), "Qwen3-8B down_proj": (4096, 12288)}
+ROWS = (1, 8, 16, 64, 256, 8192, 32, 128, 2048)
+# By form: numbers of rows, and tiles of that form. A flat tile begins with the groups of leaves.
+FORMS = {
+    "each": (
+        ((1, 8, 16), (16, 64, 128, 4, 4)),
+        ((1, 8, 16), (16, 32, 64, 4, 5)),
+        ((32, 64, 128), (64, 64, 64, 4, 4)),
+        ((64, 128), (64, 128, 64, 8, 3)),
+    ),
+    "whole": (
+        ((256,), (64, 128, 64, 8, 3)),
+        ((256, 2048, 8192), (64, 128, 64, 4, 4)),
+        ((2048, 8192), (128, 128, 64, 8, 3)),
+        ((2048, 8192), (128, 128, 64, 8, 4)),
+        ((2048, 8192), (128, 64, 64, 4, 4)),
+        ((2048, 8192), (128, 256, 64, 8, 3)),
+    ),
+    "flat": (
+        ((1, 8, 16), (1, 16, 32, 128, 4, 6)),
+        ((1, 8, 16), (1, 16, 32, 256, 4, 4)),
+        ((1, 8, 16), (2, 16, 64, 128, 4, 5)),
+        ((1, 8, 16), (4, 16, 64, 128, 4, 5)),
+        ((1, 8, 16), (8, 16, 64, 128, 4, 5)),
+        ((32, 64, 128), (2, 64, 64, 64, 4, 5)),
+        ((32, 64, 128), (4, 64, 64, 64, 4, 5)),
+        ((64, 128, 256), (4, 64, 128, 64, 4, 4)),
+        ((128, 256), (2, 64, 128, 64, 4, 4)),
+        ((256, 2048), (1, 64, 128, 64, 4, 4)),
+        ((256,), (2, 128, 128, 64, 8, 3)),
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--seconds", type=float, default=20, help="of times")
+    parser.add_argument("--go")
     a = parser.parse_args()
-    begin = time.monotonic()
+    import leaves_flat
     import torch
 
     from bi_patch.kernels.triton import gemm, leaves
@@ -46,13 +70,14 @@ def main() -> None:
     def differing(one, other) -> int:
         return int((one.view(torch.int16) != other.view(torch.int16)).sum())
 
-    def timed(call) -> float:
-        call()
+    def timed(call, weights) -> float:
+        for weight in weights[:1]:
+            call(weight)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(8):
-                call()
+            for i in range(8):
+                call(weights[i % len(weights)])
         graph.replay()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         best = float("inf")
@@ -77,56 +102,74 @@ def main() -> None:
                 sums["differing"] += int((rank_sum(parts) != in_rank_order(parts)).sum())
     result["sums"] = sums
 
+    def call(form: str, tile: tuple, x, leaf_count: int, dtype):
+        if form == "flat":
+            groups, *blocks = tile
+            return lambda w: leaves_flat.product(x, w, None, leaf_count, dtype, groups, gemm.Tile(*blocks))
+        return lambda w: leaves.product(x, w, None, leaf_count, dtype, form == "each", gemm.Tile(*tile))
+
+    held = {}
     for name, (n, k) in SHAPES.items():
-        w = (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16()
+        copies = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(4)]
+        held[name] = copies, [w[:, : k // 2].contiguous() for w in copies]
+        w = copies[0]
         for m in ROWS:
-            if time.monotonic() - begin > a.seconds:
-                result["cut"] = True
-                break
             x = torch.randn(m, k, device="cuda").bfloat16()
             row = {"shape": name, "rows": m}
-            try:
-                want = leaves.product(x, w, None, 8, torch.bfloat16)
-                if m <= 256 or name.endswith("o_proj"):
-                    for ranks in (2, 4, 8):
-                        own = k // ranks
-                        cut = [slice(r * own, (r + 1) * own) for r in range(ranks)]
-                        roots = [leaves.product(x[:, c], w[:, c], None, 8 // ranks, torch.float32) for c in cut]
-                        got = leaves.tree(torch.stack(roots), None, torch.bfloat16)
-                        row[f"differing {ranks} ranks"] = differing(got, want)
-                row["differing alone"] = differing(leaves.product(x[:1], w, None, 8, torch.bfloat16), want[:1])
-                row["compared"] = want.numel()
-                exact = x[:256].double() @ w.double().T
-                for key, got in (("error", want), ("torch_error", torch.mm(x, w.T))):
-                    row[key] = float((got[:256].double() - exact).abs().max() / exact.std())
-                row["torch_us"] = timed(functools.partial(torch.mm, x, w.T))
-                half, half_w = x[:, : k // 2].contiguous(), w[:, : k // 2].contiguous()
-                row["torch_half_us"] = timed(functools.partial(torch.mm, half, half_w.T))
-                tiles = {}
-                for each, chosen in ((True, FEW), (False, TILES)):
-                    if each and m > 256 or not each and m < 64:
-                        continue
-                    for blocks in chosen:
-                        if each and blocks[0] > max(16, m):
-                            continue
-                        tile = gemm.Tile(*blocks)
-                        key = f"{'each' if each else 'whole'} {blocks}"
-                        try:
-                            whole = functools.partial(leaves.product, x, w, None, 8, torch.bfloat16, each, tile)
-                            part = functools.partial(leaves.product, half, half_w, None, 4, torch.float32, each, tile)
-                            bad, us, two = differing(whole(), want), timed(whole), timed(part)
-                            tiles[key] = [bad, us, two]
-                        except Exception as error:
-                            tiles[key] = f"{type(error).__name__}: {error}"[:80]
-                row["tiles: differing, us of 1 rank, us of one of 2"] = tiles
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
             rows.append(row)
-            with open(a.out, "w") as file:
-                json.dump(result, file)
-    with open(a.out, "w") as file:
-        json.dump(result, file)
+            want = leaves.product(x, w, None, 8, torch.bfloat16)
+            if m <= 256 or name.endswith("o_proj"):
+                for ranks in (2, 4, 8):
+                    own = k // ranks
+                    cut = [slice(r * own, (r + 1) * own) for r in range(ranks)]
+                    roots = [leaves.product(x[:, c], w[:, c], None, 8 // ranks, torch.float32) for c in cut]
+                    got = leaves.tree(torch.stack(roots), None, torch.bfloat16)
+                    row[f"differing {ranks} ranks"] = differing(got, want)
+            row["differing alone"] = differing(leaves.product(x[:1], w, None, 8, torch.bfloat16), want[:1])
+            row["compared"] = want.numel()
+            exact = x[:256].double() @ w.double().T
+            for key, got in (("error", want), ("torch_error", torch.mm(x, w.T))):
+                row[key] = float((got[:256].double() - exact).abs().max() / exact.std())
+            row["tiles: differing, us of 1 rank, us of one of 2"] = tiles = {}
+            for form, tile in of_rows(m):
+                try:
+                    tiles[f"{form} {tile}"] = [differing(call(form, tile, x, 8, torch.bfloat16)(w), want)]
+                    half = x[:, : k // 2].contiguous()
+                    call(form, tile, half, 4, torch.float32)(held[name][1][0])
+                except Exception as error:
+                    tiles[f"{form} {tile}"] = f"{type(error).__name__}: {error}"[:120]
+            write(a.out, result)
+    print("bits compared", flush=True)
+    if a.go:
+        Path(f"{a.go}.leaves").touch()
+        while not os.path.exists(a.go):
+            time.sleep(0.1)
+    begin = time.monotonic()
+    for row in sorted(rows, key=lambda row: ROWS.index(row["rows"])):
+        (copies, halves), k, m = held[row["shape"]], SHAPES[row["shape"]][1], row["rows"]
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        half = x[:, : k // 2].contiguous()
+        if time.monotonic() - begin > a.seconds:
+            result["cut"] = True
+            break
+        row["torch_us"] = timed(lambda w, x=x: torch.mm(x, w.T), copies)
+        row["torch_half_us"] = timed(lambda w, x=half: torch.mm(x, w.T), halves)
+        for form, tile in of_rows(m):
+            found = row["tiles: differing, us of 1 rank, us of one of 2"][f"{form} {tile}"]
+            if isinstance(found, list):
+                found.append(timed(call(form, tile, x, 8, torch.bfloat16), copies))
+                found.append(timed(call(form, tile, half, 4, torch.float32), halves))
+        write(a.out, result)
     print("done", len(rows), round(time.monotonic() - begin, 1))
+
+
+def of_rows(rows: int) -> list[tuple[str, tuple]]:
+    return [(form, tile) for form, tiles in FORMS.items() for held, tile in tiles if rows in held]
+
+
+def write(out: str, result: dict) -> None:
+    with open(out, "w") as file:
+        json.dump(result, file)
 
 
 if __name__ == "__main__":
