@@ -94,6 +94,10 @@ CASES = {
     "tiny-qwen3-int8 bf16 PP 2": Case("tiny-qwen3-int8", 1, FEW, stages=2),
     "tiny-qwen3-int8 bf16 PP 2 compiled": Case("tiny-qwen3-int8", 1, FEW, eager=False, stages=2),
     "tiny-qwen3 bf16 PP 2": Case("tiny-qwen3", 1, MORE, stages=2),
+    **{
+        f"tiny-qwen3-moe bf16 PP 2{_mode(eager)}": Case("tiny-qwen3-moe", 1, MORE, eager=eager, stages=2)
+        for eager in (True, False)
+    },
     "tiny-qwen3 bf16 PP 2, TP 1, 2 and 4 equal": Case("tiny-qwen3", 1, SIZES, environ=EQUAL, stages=2),
     **{
         f"{model} bf16 TP 2 PP 2{_mode(eager)}": Case(model, 2, MORE, eager=eager, stages=2)
