@@ -27,6 +27,7 @@ _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
 _CPU_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
 _CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
 _CPU_MORE_RANKS = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-6.json"
+_CPU_EXPERTS_IN_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-7.json"
 _CPU_RANKS_UPDATED = "invariance-2026-11-29-cpu-amx-ranks-vllm-0.32.0-3.json"
 
 
@@ -249,7 +250,9 @@ DISTRIBUTED: tuple[Feature, ...] = (
             _CPU_RANKS,
             _CPU_STAGES,
             _CPU_REPLICAS,
-            why="two stages, compiled and in eager mode, where stock vLLM 0.32 stops at the first request",
+            _CPU_EXPERTS_IN_STAGES,
+            why="two stages, compiled and in eager mode, also with experts; stock vLLM 0.32 stops at the first request "
+            "in eager mode",
         ),
         cuda=(untried(releases="<0.33"), served(_H200_RANKS, why="two stages in eager mode")),
         ascend=untried(NO_NPU),

@@ -340,6 +340,7 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* PP 2 compiled", *_REPLICAS[:2]),
         ("tiny-qwen3 bf16 PP 2", *_REPLICAS[:2]),
         ("tiny-qwen3 bf16 PP 2", *_SIX, *_STAGED),
+        *((f"tiny-qwen3-moe bf16 PP 2{mode}", *_SIX, *_STAGED) for mode in ("", " compiled")),
     ),
     ("pipeline parallelism, compiled", "cpu"): (("* PP 2 compiled", "batch size", "one by one"),),
     ("data parallelism of models without experts", "cpu"): (
