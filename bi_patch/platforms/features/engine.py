@@ -33,6 +33,8 @@ _CPU_LORA = "invariance-2026-11-28-cpu-amx-lora-vllm-0.32.0.json"
 _H200_LORA = "invariance-2026-11-29-h200-lora-vllm-0.33.0.json"
 _H200_LORA_COMPILED = "invariance-2026-11-29-h200-lora-vllm-0.33.0-2.json"
 _H200_SHAPES = "invariance-2026-11-30-h200-families-vllm-0.33.0-2.json"
+_H200_SHAPES_3 = "invariance-2026-11-30-h200-families-vllm-0.33.0-3.json"
+_CPU_HALF = "invariance-2026-11-30-cpu-families-vllm-0.32.0.json"
 _CPU_QUICK = "invariance-2026-11-29-cpu-amx-quick-vllm-0.32.0.json"
 _CPU_REQUESTS = "invariance-2026-11-29-cpu-amx-requests-vllm-0.32.0.json"
 _CPU_REQUESTS_COMPILED = "invariance-2026-11-30-cpu-requests-vllm-0.32.0-3.json"
@@ -108,7 +110,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     row(
         "fp16 weights",
-        cpu=untried(),
+        cpu=served(_CPU_HALF, why="tiny models with random weights, without AMX; three of them compiled, too"),
         cuda=(
             untried(releases="<0.33"),
             served(
@@ -123,7 +125,11 @@ FEATURES: tuple[Feature, ...] = (
         cpu=served(_CPU),
         cuda=(
             untried(releases="<0.33"),
-            served(_H200_SHAPES, why="four layers of Qwen3-MoE in eager mode, of Llama compiled"),
+            served(
+                _H200_SHAPES,
+                _H200_SHAPES_3,
+                why="four layers of Llama and Qwen3-MoE in eager mode, of Llama compiled",
+            ),
         ),
         ascend=untried(NO_NPU),
         asked=_weights("float32"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bi_patch.platforms.features.model import Feature, refused, row, served, untried
+from bi_patch.platforms.features.model import Feature, refused, row, served
 
 _CPU = "invariance-2026-11-28-cpu-amx-recurrent-vllm-0.32.0.json"
 _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
@@ -17,6 +17,7 @@ _MAMBA_1 = "invariance-2026-11-29-cpu-amx-recurrent-vllm-0.32.0.json"
 _H200_CHUNKS = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-4.json"
 _H200 = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-5.json"
 _H200_MORE = "invariance-2026-11-29-h200-recurrent-vllm-0.33.0-7.json"  # compiled, and Nemotron-H in eager mode
+_CPU_OWN = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0-2.json"  # Qwen3.5
 _CPU_EXPERTS = "invariance-2026-11-30-cpu-recurrent-vllm-0.32.0.json"
 _H200_NEW = "invariance-2026-11-30-h200-recurrent-vllm-0.33.0-3.json"  # eager, two families more
 # In engines with few KV blocks, too.
@@ -103,7 +104,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "gated delta nets (Qwen3.5)",
-        cpu=untried("the layers of Qwen3-Next, with projections of their own"),
+        cpu=served(_CPU_OWN, why="a tiny shape with random weights; vLLM needs torchvision for these models"),
         cuda=(
             _OLD,
             served(
@@ -121,7 +122,7 @@ RECURRENT: tuple[Feature, ...] = (
     ),
     row(
         "gated delta nets (Qwen3.5 without experts), in eager mode",
-        cpu=untried("the layers of Qwen3-Next, with projections of their own"),
+        cpu=served(_CPU_OWN, why="a tiny shape with random weights; vLLM needs torchvision for these models"),
         cuda=(_OLD, served(_H200_NEW, why=_FOUR)),
         ascend=_CHUNKS,
         asked=lambda config: (

@@ -120,9 +120,19 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("InternVLChat-2B, bf16 compiled", "images"),
     ),
     ("fp32 weights", "cuda"): (
+        ("Llama, fp32, eager", *_SIX),
         ("Llama, fp32", *_SIX),
         ("Qwen3-MoE, fp32, eager", *_SIX),
     ),
+    ("gated delta nets (Qwen3.5)", "cpu"): tuple(
+        (f"{name}, tiny, bf16{mode}", *_SIX, "preemption")
+        for name in ("Qwen3.5", "Qwen3.5-MoE")
+        for mode in ("", " compiled")
+    ),
+    ("gated delta nets (Qwen3.5 without experts), in eager mode", "cpu"): (
+        ("Qwen3.5, tiny, bf16", *_SIX, "preemption", "restart"),
+    ),
+    ("fp16 weights", "cpu"): (("* fp16", *_SIX, "preemption"), ("* fp16 compiled", *_SIX, "preemption")),
     ("fp16 weights", "cuda"): (
         ("Llama, fp16, eager", *_SIX),
         ("Qwen3-MoE, fp16, eager", *_SIX),
