@@ -24,7 +24,7 @@ _H200_SPECULATION = "invariance-2026-11-28-h200-speculation-vllm-0.33.0.json"
 _H200_FP8 = "invariance-2026-11-29-h200-pairs-vllm-0.33.0.json"
 _H200_SMALL = "invariance-2026-11-30-h200-pairs-vllm-0.33.0.json"
 _H200_DRAFTS = "invariance-2026-11-30-h200-speculation-vllm-0.33.0.json"
-_H200_HEADS = "invariance-2026-11-29-h200-speculation-vllm-0.33.0-3.json"
+_H200_NGRAMS = "invariance-2026-11-30-h200-pairs-vllm-0.33.0-2.json"
 _H100 = "invariance-2026-11-22-h100-vllm-0.33.0.json"
 
 # The evidence of both together, by platform. A pair without a file is untried.
@@ -41,18 +41,17 @@ _CUDA: dict[tuple[str, str], str] = {
     **dict.fromkeys(((GRAMMARS, asked) for asked in REQUESTS[1:]), _H200_SMALL),
     (LORA, CACHED): "invariance-2026-11-30-h200-expert-lora-vllm-0.33.0.json",
     (SPECULATION, LOGPROBS): _H200_SPECULATION,
-    (SPECULATION, GRAMMARS): _H200_SMALL,
+    (SPECULATION, GRAMMARS): _H200_NGRAMS,
     (SPECULATION, CACHED): _H200_DRAFTS,
-    (SPECULATION, PREEMPTED): _H200_HEADS,
+    (SPECULATION, PREEMPTED): _H200_NGRAMS,
     **dict.fromkeys(((QUANTIZED, asked) for asked in REQUESTS), _H200_FP8),
     **dict.fromkeys(((LOGPROBS, CACHED), (LOGPROBS, PREEMPTED), (CACHED, PREEMPTED)), _H100),
 }
 _WHY = {  # by the file and the engine's part
     (_H200_FP8, QUANTIZED): "FP8, in eager mode",
     (_H200_SMALL, LORA): "a small Llama model in eager mode",
-    (_H200_SMALL, SPECULATION): "n-grams, beside LoRA, a small Llama model in eager mode",
     (_H200_DRAFTS, SPECULATION): "n-grams, three layers of Qwen3-8B's sizes, compiled",
-    (_H200_HEADS, SPECULATION): "an EAGLE head, a small Llama model in eager mode",
+    (_H200_NGRAMS, SPECULATION): "n-grams, a small Qwen3 in eager mode",
     (_H200_SMALL, GRAMMARS): "a small Qwen3, in eager mode and compiled",
 }
 _ASCEND = {

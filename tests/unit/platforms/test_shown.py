@@ -1132,9 +1132,9 @@ _ENGINES = {
 _NAMED: dict[str, Rows] = {
     f"{pairs.LORA} with {matrix.GRAMMARS}": ("llama-100m bf16, LoRA", "structured output"),
     f"{pairs.LORA} with {matrix.PREEMPTED}": ("llama-100m bf16, LoRA", "preemption"),
-    f"{pairs.SPECULATION} with {matrix.GRAMMARS}": ("llama-100m bf16, features together", "features together"),
+    f"{pairs.SPECULATION} with {matrix.GRAMMARS}": ("qwen3-100m bf16, n-grams", "structured output"),
     f"{pairs.SPECULATION} with {matrix.CACHED}": ("Qwen3-8B, 3 layers, ngram*", "prefix cache"),
-    f"{pairs.SPECULATION} with {matrix.PREEMPTED}": ("llama-100m, eager, eagle*", "preemption"),
+    f"{pairs.SPECULATION} with {matrix.PREEMPTED}": ("qwen3-100m bf16, n-grams", "preemption"),
 }
 _ASKED = {
     matrix.GRAMMARS: "structured output",
