@@ -22,6 +22,7 @@ _H200_GEMMA = "invariance-2026-11-29-h200-images-vllm-0.33.0-3.json"
 _H200_GEMMA_COMPILED = "invariance-2026-11-29-h200-images-vllm-0.33.0-4.json"
 _H200_TOGETHER = "invariance-2026-11-30-h200-images-vllm-0.33.0.json"  # images of a step in one call of the encoder
 _H200_KINDS = "invariance-2026-11-30-h200-images-vllm-0.33.0-3.json"
+_H200_KINDS_5 = "invariance-2026-11-30-h200-images-vllm-0.33.0-5.json"
 _H200_KINDS_4 = "invariance-2026-11-30-h200-images-vllm-0.33.0-4.json"
 _TEXT_ONLY = "Pass --language-model-only, which turns encoders off"
 ASCEND = refused("no patch point covers it yet", todo="Use a text model")
@@ -426,18 +427,18 @@ IMAGES: tuple[Feature, ...] = (
         asked=_preempted_with(_INTERN),
     ),
     row(
-        "images of LLaVA-NeXT with preemption",
+        "images of Qwen2-VL and LLaVA-NeXT with preemption",
         cpu=served(_CPU_NEW),
-        cuda=(OLDER, served(_H200_KINDS)),
+        cuda=(OLDER, served(_H200_KINDS, _H200_KINDS_5)),
         ascend=ASCEND,
-        asked=_preempted_with(_NEXT),
+        asked=_preempted_with(_QWEN2 | _NEXT),
     ),
     row(
-        "images of InternVLChatModel, Qwen2-VL, LLaVA-OneVision and GLM-4.1V with preemption",
+        "images of InternVLChatModel, LLaVA-OneVision and GLM-4.1V with preemption",
         cpu=served(_CPU_NEW),
         cuda=(OLDER, untried("no run with its images preempted a request")),
         ascend=ASCEND,
-        asked=_preempted_with(_INTERN_CHAT | _QWEN2 | _ONEVISION | _GLM),
+        asked=_preempted_with(_INTERN_CHAT | _ONEVISION | _GLM),
     ),
     row(
         "images of Qwen3-VL with the encoder on FlashAttention or SDPA (--mm-encoder-attn-backend FLASH_ATTN, "

@@ -258,7 +258,9 @@ def _router(module, dtype):
     router, config = getattr(module, "router", None), getattr(module, "moe_config", None)
     if config is None or not hasattr(router, "select_experts"):
         return
-    experts, hidden = config.num_experts, config.hidden_dim
+    hidden, own = config.hidden_dim, hasattr(router, "zero_expert_output")
+    # A router with zero experts, which hand on their input, has logits and a bias for these, too.
+    experts = len(router.e_score_correction_bias) if own else config.num_experts
     logits_type = getattr(config, "router_logits_dtype", None) or dtype
 
     def make(rows, generator):
@@ -268,9 +270,13 @@ def _router(module, dtype):
         logits = torch.randn((rows, experts), generator=generator, device="cuda").mul(8).round().div(4)
         return x, logits.to(logits_type)
 
+    def run(x, logits):
+        chosen = router.select_experts(x, logits)
+        return (*chosen, router.zero_expert_output) if own else chosen
+
     name = _name(router, f"E={experts}", f"top{config.experts_per_token}", *_way(router), dtype=logits_type)
     # A model's own routing may use a kernel's result as an index.
-    yield RowCheck("cuda.router", name, ROWS, make, lambda x, logits: router.select_experts(x, logits), indexes=True)
+    yield RowCheck("cuda.router", name, ROWS, make, run, indexes=True)
 
 
 def _way(router) -> list[str]:

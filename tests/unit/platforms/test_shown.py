@@ -84,7 +84,10 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("Mistral-Small-3.1, bf16, across engines", "preemption"),
         ("Qwen2.5-VL-3B, bf16, across engines", "preemption"),
     ),
-    ("images of LLaVA-NeXT with preemption", "cuda"): (("LLaVA-NeXT-7B, bf16, across engines", "preemption"),),
+    ("images of Qwen2-VL and LLaVA-NeXT with preemption", "cuda"): (
+        ("Qwen2-VL-2B, bf16, across engines", "preemption"),
+        ("LLaVA-NeXT-7B, bf16, across engines", "preemption"),
+    ),
     ("images of InternVLChatModel, Qwen2-VL, LLaVA-NeXT and GLM-4.1V, in an engine that vLLM compiles", "cuda"): (
         ("InternVLChat-2B, bf16 compiled", "images"),
         ("Qwen2-VL-2B, bf16 compiled", "images"),
@@ -592,10 +595,12 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
     ("images of LLaVA-OneVision, in an engine that vLLM compiles", "cpu"): (
         ("LLaVA-OneVision, bf16 compiled", *_IMAGES),
     ),
-    ("images of LLaVA-NeXT with preemption", "cpu"): (("LLaVA-NeXT, bf16, across engines", "preemption"),),
-    ("images of InternVLChatModel, Qwen2-VL, LLaVA-OneVision and GLM-4.1V with preemption", "cpu"): (
-        ("InternVLChat, bf16, across engines", "preemption"),
+    ("images of Qwen2-VL and LLaVA-NeXT with preemption", "cpu"): (
         ("Qwen2-VL, bf16, across engines", "preemption"),
+        ("LLaVA-NeXT, bf16, across engines", "preemption"),
+    ),
+    ("images of InternVLChatModel, LLaVA-OneVision and GLM-4.1V with preemption", "cpu"): (
+        ("InternVLChat, bf16, across engines", "preemption"),
         ("LLaVA-OneVision, bf16, across engines", "preemption"),
         ("GLM-4.1V, bf16, across engines", "preemption"),
     ),

@@ -48,6 +48,16 @@ def test_what_decides_a_routers_kernel_is_in_its_key():
     assert "custom_routing_function=" in found[-2] and ".choose " in found[-2]
 
 
+def test_a_router_with_zero_experts_gets_a_logit_for_each_and_its_own_output_is_compared():
+    router = Router(e_score_correction_bias=torch.zeros(12), zero_expert_output="what zero experts hand on")
+    layer = SimpleNamespace(router=router, moe_config=SimpleNamespace(num_experts=8, hidden_dim=4, experts_per_token=2))
+    (check,) = rows._router(layer, torch.bfloat16)
+    assert "E=12" in check.problem
+    assert check.run("rows", "logits") == ("rows", "logits", "what zero experts hand on")
+    (plain,) = rows._router(SimpleNamespace(router=Router(), moe_config=layer.moe_config), torch.bfloat16)
+    assert "E=8" in plain.problem and plain.run("rows", "logits") == ("rows", "logits")
+
+
 def test_names_of_code():
     assert dotted(functools.partial(functools.partial(choose, 1), 2)) == dotted(choose)
     assert dotted(Router()).endswith(".Router")
