@@ -118,12 +118,15 @@ class Engine:
             own += f" rank {os.environ['RANK']}"
             peers.own_nccl()
             launched = peers.LAUNCHED | {"tensor_parallel_size": a.ranks}
-        if a.scheme:
-            import schemes
-
+        # New weights are refused with quantized layers and with BI_PATCH_TP_INVARIANT: these models are filled at load.
+        filled = bool(a.scheme) or a.mode == "parts"
+        if filled:
             from bi_patch.tools.verify import weights
 
             weights.make_random(7)
+        if a.scheme:
+            import schemes
+
             quantized = schemes.arguments(a.scheme)
             name = f"{schemes.label(a.scheme, a.layers)} {own}"
             folder = shapes.save(name, schemes.config(a.scheme, a.layers), "/tmp/models")
@@ -140,7 +143,7 @@ class Engine:
             **quantized,
             **launched,
         )
-        if not a.scheme:
+        if not filled:
             self.llm.apply_model(randomize)
         self.started = time.perf_counter() - started
         self.vocabulary = shape(a.model)["vocab_size"]
