@@ -22,13 +22,13 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "AutoRound (INC), 4 bits in the packing of GPTQ",
         kinds.tool("inc", lambda s: kinds.packed(s) and s.weight == "int4" and not s.zeros),
-        cells.cuda(cells.layers("Qwen3-8B", files=(cells.NEW_EAGER, cells.TODAY))),
+        cells.cuda(cells.layers("Qwen3-8B", files=(cells.NEW_EAGER, cells.NINE_AXES))),
     ),
     ("AutoRound (INC), 8 bits or in the packing of AWQ", kinds.tool("inc", kinds.packed), cells.cuda(cells.TRIAL)),
     (
         "ModelOpt: FP8 per tensor, static activations",
         kinds.tool("modelopt", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.TODAY))),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.NINE_AXES))),
     ),
     (
         "ModelOpt: FP8 per channel or in blocks",
@@ -48,7 +48,7 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "Quark: FP8 per tensor, static activations",
         kinds.tool("quark", kinds.one_scale),
-        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.TODAY))),
+        cells.cuda(cells.layers("Qwen3-8B", how=cells.EARLIER_SCALES, files=(cells.NEW_EAGER, cells.NINE_AXES))),
     ),
     ("Quark: FP8 per channel", kinds.tool("quark", kinds.static, kinds.by_token), cells.cuda(cells.TRIAL)),
     (
@@ -100,12 +100,12 @@ _SCHEMES: tuple[tuple[str, Callable[[Scheme], bool], cells.Cells], ...] = (
     (
         "FP8 in blocks of 128 x 128",
         kinds.blocks,
-        cells.cuda(cells.layers("Qwen3-8B and MiniMax-M2", files=(cells.H200, cells.TODAY))) | cells.WITH_AMX,
+        cells.cuda(cells.layers("Qwen3-8B and MiniMax-M2", files=(cells.H200, cells.NINE_AXES))) | cells.WITH_AMX,
     ),
     (
         "FP8 per channel or tensor, activations per token (compressed-tensors)",
         kinds.by_token,
-        cells.cuda(cells.layers("Qwen3-8B", files=(cells.H200, cells.TODAY))),
+        cells.cuda(cells.layers("Qwen3-8B", files=(cells.H200, cells.NINE_AXES))),
     ),
     (
         "FP8 per tensor, static activations (method fp8)",
@@ -322,7 +322,7 @@ QUANTIZATION: tuple[Feature, ...] = (
         cpu=served(cells.CPU_RUN),
         cuda=served(
             cells.BESIDE,
-            cells.TODAY,
+            cells.NINE_AXES,
             cells.OWN_EXPERTS,
             cells.NEW_GRAPHS,
             cells.OSS_RUN,

@@ -9,7 +9,7 @@ REFUSED = {"cpu": NONE, "cuda": NONE, "ascend": NONE}
 NO_KERNEL = REFUSED | {"cpu": refused("vLLM's CPU build has no kernel for them", todo="Use unquantized weights")}
 H200 = "invariance-2026-11-28-h200-fp8-vllm-0.33.0.json"
 BESIDE = "invariance-2026-11-30-h200-schemes-vllm-0.33.0.json"  # compiled, most beside eager engines
-TODAY = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json"  # compiled, nine axes
+NINE_AXES = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-2.json"  # compiled, nine axes
 EXPERTS = "invariance-2026-11-30-h200-schemes-vllm-0.33.0-3.json"  # the same
 WITH_MLA = served(
     "invariance-2026-11-29-h200-mla-blocks-compiled-vllm-0.33.0.json",
@@ -38,7 +38,7 @@ def layers(sizes: str, *, how: str = "compiled and in eager mode", files: tuple[
 INT8 = (
     served(
         "invariance-2026-11-30-h200-gated-vllm-0.33.0-2.json",
-        TODAY,
+        NINE_AXES,
         why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
@@ -62,7 +62,7 @@ def four(*files: str) -> tuple[Cell, ...]:
     """4-bit weights. files: of an earlier run in eager mode."""
     why = "two layers of Qwen3-8B's sizes, compiled and beside an eager engine"
     why += "; more axes in eager mode before the forms for few rows that serve now" if files else ""
-    return served(*files, TODAY, why=why, releases=">=0.33"), NONE
+    return served(*files, NINE_AXES, why=why, releases=">=0.33"), NONE
 
 
 LATER = (
@@ -85,7 +85,7 @@ EIGHT_BITS = (
 INT8_STATIC = (
     served(
         "invariance-2026-11-29-h200-quantized-vllm-0.33.0-4.json",
-        TODAY,
+        NINE_AXES,
         why="two layers of Qwen3-8B's sizes, compiled and in eager mode",
         releases=">=0.33",
     ),
@@ -101,13 +101,13 @@ OSS = (
     NONE,
 )
 BOTH = (
-    served(EAGER, TODAY, why=f"two layers of Qwen3-8B's sizes, {EARLIER_SCALES}", releases=">=0.33"),
+    served(EAGER, NINE_AXES, why=f"two layers of Qwen3-8B's sizes, {EARLIER_SCALES}", releases=">=0.33"),
     NONE,
 )
 NVFP4 = (
     served(
         "invariance-2026-11-30-h200-nvfp4-vllm-0.33.0-2.json",
-        TODAY,
+        NINE_AXES,
         why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode",
         releases=">=0.33",
     ),
@@ -115,7 +115,7 @@ NVFP4 = (
 )
 NVFP4_MODELOPT = (
     served(
-        TODAY,
+        NINE_AXES,
         why="two layers of Qwen3-8B's sizes on the bundled kernels, compiled and in eager mode",
         releases=">=0.33",
     ),
@@ -128,13 +128,16 @@ NVFP4_ROWS = (
     served(ROWS_EAGER, ROWS_GRAPHS, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"),
     NONE,
 )
-NVFP4_ROWS_QUARK = (served(ROWS_EAGER, TODAY, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"), NONE)
+NVFP4_ROWS_QUARK = (
+    served(ROWS_EAGER, NINE_AXES, why=f"{_IN_BF16}, compiled and in eager mode", releases=">=0.33"),
+    NONE,
+)
 NVFP4_EXPERTS_RUN = "invariance-2026-11-30-h200-nvfp4-experts-vllm-0.33.0.json"
 NVFP4_EXPERTS = layers(
     "Qwen3-30B-A3B", how="compiled and in eager mode; of ModelOpt in eager mode", files=(NVFP4_EXPERTS_RUN, EXPERTS)
 )
 NVFP4_ROWS_EXPERTS = layers(
-    "Qwen3-30B-A3B", how="compiled and in eager mode; activations in bf16; not of ModelOpt", files=(TODAY,)
+    "Qwen3-30B-A3B", how="compiled and in eager mode; activations in bf16; not of ModelOpt", files=(NINE_AXES,)
 )
 Cells = dict[str, Cell | tuple[Cell, ...]]
 

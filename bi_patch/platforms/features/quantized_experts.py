@@ -123,7 +123,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
             cells.layers(
                 "Qwen3-30B-A3B and MiniMax-M2",
                 how="compiled and in eager mode; more axes of MiniMax-M2 in eager mode on the kernel before",
-                files=(cells.BLOCKS, cells.TODAY, cells.NEW_EAGER),
+                files=(cells.BLOCKS, cells.NINE_AXES, cells.NEW_EAGER),
             )
         ),
         asked=quantized_experts(_blocks),
@@ -139,7 +139,7 @@ EXPERT_ROWS: tuple[Feature, ...] = (
             cells.layers(
                 "Qwen3-30B-A3B",
                 how="compiled and in eager mode",
-                files=(cells.WIDE, cells.TODAY),
+                files=(cells.WIDE, cells.NINE_AXES),
             )
         ),
         asked=quantized_experts(_channels),

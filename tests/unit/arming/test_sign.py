@@ -11,6 +11,7 @@ import pytest
 from bi_patch import identity, running
 from bi_patch.arming import process, sign, startup_seams, workers
 from bi_patch.errors import SeamOpen, UnsupportedFeature
+from bi_patch.ops import certificates
 from bi_patch.ops.certificates import Counts
 from bi_patch.platforms.releases import BY_PLATFORM
 from bi_patch.seams.plan import Plan
@@ -39,6 +40,7 @@ def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
     monkeypatch.setattr(sign.table, "untried", lambda config, platform, release: ("fp16 weights",))
     monkeypatch.setattr(sign.contract, "make", lambda *given: {"instance": "ab123", "dtype": "bfloat16"})
     monkeypatch.setattr(running, "contracts", {})
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     counts = [(2, 0, 2, {"linear": 1.0}), (3, 1, 0, {"linear": 0.5, "norm": 0.25})]
     routes = [{"bundled avx2": 4}, {"bundled avx2": 2, "library or bundled avx2": 1}]
     answers = {workers._certificates: counts, workers._routes: routes, workers._failed: [["cuda.x b"], ["cuda.x a"]]}
@@ -49,6 +51,7 @@ def test_the_engine_core_says_what_is_armed(state, caplog, monkeypatch):
         and state.engine.digest == identity.digest()
     )
     assert state.engine.failed == ("cuda.x a", "cuda.x b")
+    assert "ATEN_CPU_CAPABILITY=avx2" in state.engine.settings["variables of libraries"]
     assert state.engine.linears == {"bundled avx2": 6, "library or bundled avx2": 1}
     assert running.contracts == {"ab123": state.engine.contract}
     (line,) = caplog.messages
@@ -90,6 +93,11 @@ def test_the_sign_travels_in_the_ready_message(state, monkeypatch):
 def test_a_front_end_refuses_another_engine_core(state, payload, said):
     with pytest.raises(SeamOpen, match=said):
         startup_seams._front_end(lambda self, payload: None)(None, payload)
+
+
+def test_a_worker_says_which_certificates_failed(monkeypatch):
+    monkeypatch.setattr(certificates, "_failed", {"0": "cuda.x b", "1": "cuda.x a", "2": "cuda.x b"})
+    assert workers._failed(None) == ["cuda.x a", "cuda.x b"]
 
 
 @pytest.mark.parametrize(

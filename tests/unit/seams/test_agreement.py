@@ -57,7 +57,9 @@ def test_a_rank_says_what_decides_its_bits(platform, monkeypatch):
     assert said["settings"] == "BI_PATCH_TP_INVARIANT=8 BI_PATCH_MLA=two"
     name = {"cpu": "ATEN_CPU_CAPABILITY", "cuda": "NVIDIA_TF32_OVERRIDE"}[platform]
     monkeypatch.setenv(name, "avx2")
-    assert f"{name}=avx2" in agreement.settings(platform)["variables of libraries"]
+    monkeypatch.setenv("BI_PATCH_LEAVE_OPEN", "norm.cuda_rows")
+    said = agreement._own()
+    assert f"{name}=avx2" in said["variables of libraries"] and said["open patch points"] == "norm.cuda_rows"
 
 
 def test_one_rank_asks_nobody_and_a_process_that_is_not_armed_answers_nothing(monkeypatch):
