@@ -213,6 +213,19 @@ def test_new_weights_of_a_layer_on_cpu_are_checked(monkeypatch):
         quantized._first(layer)
 
 
+def test_new_scales_of_a_cache_on_cuda_are_checked(monkeypatch):
+    from bi_patch.seams.cuda import linear, scaled_linear
+
+    kept = []
+    monkeypatch.setattr(scaled_linear, "keep_products", kept.append)
+    held = attention(_k_scale=0.5, _v_scale=0.25)
+    linear._settle(held)
+    assert kept == [held]
+    with pytest.raises(UnsupportedFeature, match="quantized.scales: down.v_scale holds a NaN"):
+        linear._settle(attention(_k_scale=0.5, _v_scale=NAN))
+    assert kept == [held]
+
+
 # Scales of activations that bi_patch's kernels do not read, because activations stay in 16 bits.
 _UNREAD = {"input_global_scale", "input_scale_2", "act_global_scale"}
 
