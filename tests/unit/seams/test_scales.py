@@ -129,6 +129,12 @@ def test_a_static_scale_of_activations_must_be_above_zero(key, values, words):
 def test_a_scale_of_activations_that_no_kernel_reads_does_not_count(part):
     whole = {f"{part}weight_scale_2": torch.ones(1)}
     scales.check(model(**whole, **{f"{part}input_scale": torch.tensor([NAN])}))
+    with pytest.raises(UnsupportedFeature, match="down.w2_input_scale holds a NaN"):  # of the other products
+        scales.check(model(**whole, w2_input_scale=torch.tensor([NAN])))
+
+
+def test_a_scale_without_memory_or_without_numbers_does_not_count():
+    scales.check(model(weight_scale=torch.empty(3, 4, device="meta"), scales=torch.empty(0, 4)))
 
 
 def test_layers_without_quantized_weights_do_not_count():
