@@ -367,3 +367,22 @@ def test_vllms_own_nccl_gathers_rows():
 def test_fused_norms_and_pins():
     assert closed("communicator.fused_norm", None, "cuda")(torch.ones(2), 2) == (False, 0)
     assert closed("communicator.nccl_pins", None, "cuda")({"NCCL_ALGO": "tree"}) is None
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["begin", "whole", "slices"])
+def test_an_error_between_messages_is_not_brought_to_the_ranks_that_wait_for_the_next(place, monkeypatch):
+    """They would wait in a sum, and this rank in an exchange. They hear of it elsewhere (test_stages.py)."""
+    told, checks = [], [lambda *given: None] * 3
+
+    def without_memory(*given):
+        raise MemoryError
+
+    checks[place] = without_memory
+    monkeypatch.setattr(agreement, "together", lambda world, own: told.append(own))
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_tp_group", lambda: SimpleNamespace(world_size=2))
+    monkeypatch.setattr(seams_ranks, "_sharing", lambda config: "group")
+    monkeypatch.setattr(seams_ranks, "_whole", checks[1])
+    monkeypatch.setattr(seams_ranks, "_slices", checks[2])
+    with pytest.raises(MemoryError):
+        seams_ranks._check(None, "communicator.order", True, "", checks[0])
+    assert told == [None] * place
