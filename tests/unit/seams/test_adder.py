@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bi_patch.ops.cuda.ranks import Adder
-from bi_patch.seams.cuda import adder
+from bi_patch.seams.cuda import adder, communicator
 
 PROGRAM = Path(__file__).with_name("pair.py")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -98,3 +98,18 @@ def test_graphs_and_transposed_messages_keep_the_one_stage_all_reduce(monkeypatc
     assert not made.serves(x.T[:, :31], own) and not made.serves(x.float(), own)
     capturing.append(True)
     assert not made.serves(x, own)
+
+
+def test_a_worker_makes_the_certificates_before_it_checks_the_sums(monkeypatch):
+    made = []
+    monkeypatch.setattr(communicator, "_carried", lambda *given: None)
+    monkeypatch.setattr(adder, "certify", lambda config, group, carrier: made.append((config, group)))
+    communicator._begin("config", "group")
+    assert made == [("config", "group")]
+
+
+def test_messages_above_the_buffer_double_up_to_the_largest_step(monkeypatch):
+    asked = [(96, 40, torch.bfloat16), (2, 40, torch.float32), (96, 40, torch.float64)]
+    monkeypatch.setattr(adder.ranks, "messages", lambda config, ordered: asked)
+    lengths = [513, 1024, 1025, 2048, 2049, 3839, 3840]
+    assert adder._lengths(None, 1024) == {torch.bfloat16: lengths}
