@@ -116,3 +116,17 @@ def test_layers_are_checked_before_the_engine_serves(changes, said, monkeypatch)
         return
     with pytest.raises(UnsupportedFeature, match=said):
         seam.prepare(model)
+
+
+def test_roots_of_trees_are_added_as_other_large_messages_are(monkeypatch):
+    from bi_patch.ops.cuda import ranks
+    from bi_patch.seams.cuda import adder, communicator
+
+    held = SimpleNamespace(ca_comm="one-stage", _bi_patch_adder="NCCL")
+    group = SimpleNamespace(world_size=2, device_communicator=held)
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_tp_group", lambda: group)
+    monkeypatch.setattr(communicator, "carrier", lambda communicator: SimpleNamespace(gather="gather"))
+    monkeypatch.setattr(ranks, "all_reduce", lambda x, own, carrier, adds: (x, own, adds))
+    monkeypatch.setattr(ops, "_ranks", None)
+    seam._connect()
+    assert adder.adder(held) == "NCCL" and ops._ranks.add("x") == ("x", "one-stage", "NCCL")
