@@ -9,7 +9,6 @@ pytest.importorskip("vllm")
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
 from bi_patch.kernels import packing
-from bi_patch.kernels.cuda import packed
 from bi_patch.ops.cuda import packed_experts as ops
 from bi_patch.seams.cuda import mxfp4 as seam
 from bi_patch.seams.cuda import packed_experts, packed_products
@@ -221,31 +220,17 @@ def swiglu(gate_up):
 
 
 @pytest.fixture
-def layer(monkeypatch):
-    """A layer of experts on the kernel, and the weights and biases of its products. The kernel's products are computed
-    from these weights, and vLLM's CUDA operators by PyTorch's."""
-    from vllm.model_executor.layers.fused_moe import moe_align_block_size as module
-
+def layer(float_experts):
+    """A layer of experts on the kernel, and the weights and biases of its products."""
     dense = {}
 
-    def product_of_experts(x, data, rows, bias, form, out):
-        assert data.floats and data.group == 32 and data.zero is None and data.whole is None
+    def check(x, data, bias):
+        assert data.floats and data.group == 32 and data.zero is None and data.whole is None and bias is not None
         weight = dense[data.data.data_ptr()]
         assert x.shape[1] == weight.shape[2] and data.shape == (weight.shape[1], -(-x.shape[1] // 128) * 128)
-        count = int(rows.padded)
-        tiles = zip(rows.sorted_ids[:count].view(-1, 8 * form.tiles).tolist(), rows.experts.tolist(), strict=False)
-        for ids, expert in tiles:
-            ids = [i for i in ids if i < rows.ids]
-            got = x[[i // rows.each for i in ids]].float() @ weight[expert].T + bias[expert].float()
-            out[ids] = (got * (1 if rows.weights is None else rows.weights[ids, None])).to(out.dtype)
+        return weight
 
-    monkeypatch.setattr(packed, "product_of_experts", product_of_experts)
-    monkeypatch.setattr(
-        module, "moe_align_block_size", lambda ids, block, experts, *_, **__: ops.sort(ids, block, experts)
-    )
-    monkeypatch.setattr(ops, "_able", {})
-    for made in (packed_products.own, seam.own):
-        made.cache_clear()
+    float_experts.begin(seam, check)
     held = torch.nn.Module()
     held.quant_method = SimpleNamespace(experts_cls=seam.own())
     (first, w13), (second, w2) = (given(*size) for size in SIZES)
@@ -260,15 +245,8 @@ def layer(monkeypatch):
     experts.quant_config = oracle().make_mxfp4_moe_quant_config(
         oracle().Mxfp4MoeBackend.B12X_MXFP4_BF16, *converted[2:4], w1_bias=converted[4], w2_bias=converted[5]
     )
-    experts.activation = lambda kind, output, input: output.copy_(swiglu(input.float()).to(output.dtype))
-    experts.moe_sum = lambda input, output, topk_ids, expert_map: output.copy_(input.float().sum(1))
-    experts.post_gemm2_hook = None
-    held.quant_method.moe_kernel = SimpleNamespace(fused_experts=experts)
-    for problem in packed_products.problems(torch.nn.ModuleList([held])):
-        ops._able[problem] = tuple(range(len(packed.FORMS_OF_EXPERTS)))
-    yield held, (w13, w2, *biases)
-    for made in (packed_products.own, seam.own):
-        made.cache_clear()
+    float_experts.end(held, experts, swiglu)
+    return held, (w13, w2, *biases)
 
 
 def run(held, x, weights, ids):
