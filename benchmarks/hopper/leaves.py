@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python3 benchmarks/hopper/leaves.py OUT.json [--seconds 20] [--go FILE]
 
-Each row of the result: a shape and a number of rows; outputs that differ between numbers of ranks, between forms (each
-leaf by programs of its own, all leaves of a tile by one, or leaves_flat.py) and between a row alone and in the batch;
-the largest error against fp64 beside that of PyTorch's product; microseconds of each form in a graph, for 1 rank and
-for one of 2, and of PyTorch's product. Calls take turns over copies of the weight, which L2 does not hold together.
+Each row of the result: a shape and a number of rows; outputs that differ between numbers of ranks, between forms of the
+kernels and between a row alone and in the batch; the largest error against fp64 beside that of PyTorch's product;
+microseconds of each form in a graph, for 1 rank and for one of 2, and of PyTorch's product. The form that serves comes
+first. Calls take turns over copies of the weight, which L2 does not hold together.
 --go: bits are compared at once, and times taken once FILE exists. "sums": the bundled sum over 1 to 8 ranks, against
 the sum in rank order, bit by bit.
 """
@@ -20,35 +20,16 @@ os.environ["BI_PATCH"] = "0"
 
 SHAPES = {"Qwen3-8B o_proj": (4096, 4096), "Qwen3-8B down_proj": (4096, 12288)}
 ROWS = (1, 8, 16, 64, 256, 8192, 32, 128, 2048)
-# By form: numbers of rows, and tiles of that form. A flat tile begins with the groups of leaves.
-FORMS = {
-    "each": (
-        ((1, 8, 16), (16, 64, 128, 4, 4)),
-        ((1, 8, 16), (16, 32, 64, 4, 5)),
-        ((32, 64, 128), (64, 64, 64, 4, 4)),
-        ((64, 128), (64, 128, 64, 8, 3)),
-    ),
-    "whole": (
-        ((256,), (64, 128, 64, 8, 3)),
-        ((256, 2048, 8192), (64, 128, 64, 4, 4)),
-        ((2048, 8192), (128, 128, 64, 8, 3)),
-        ((2048, 8192), (128, 128, 64, 8, 4)),
-        ((2048, 8192), (128, 64, 64, 4, 4)),
-    ),
-    "flat": (
-        ((1, 8, 16), (1, 16, 32, 128, 4, 6)),
-        ((1, 8, 16), (1, 16, 32, 256, 4, 4)),
-        ((1, 8, 16), (2, 16, 64, 128, 4, 5)),
-        ((1, 8, 16), (4, 16, 64, 128, 4, 5)),
-        ((1, 8, 16), (8, 16, 64, 128, 4, 5)),
-        ((32, 64, 128), (2, 64, 64, 64, 4, 5)),
-        ((32, 64, 128), (4, 64, 64, 64, 4, 5)),
-        ((64, 128, 256), (4, 64, 128, 64, 4, 4)),
-        ((128, 256), (2, 64, 128, 64, 4, 4)),
-        ((256, 2048), (1, 64, 128, 64, 4, 4)),
-        ((256,), (2, 128, 128, 64, 8, 3)),
-    ),
-}
+# Further forms, by numbers of rows: groups of leaves (0: by pairs), tensor descriptors, tile.
+FORMS = (
+    ((1, 8, 16), (1, False, 16, 64, 128, 4, 5)),
+    ((1, 8, 16), (1, False, 16, 32, 128, 2, 5)),
+    ((32,), (2, False, 32, 64, 128, 4, 4)),
+    ((64, 128), (2, True, 64, 64, 128, 4, 4)),
+    ((128, 256), (0, True, 64, 64, 128, 8, 3)),
+    ((256,), (0, True, 128, 128, 64, 8, 3)),
+    ((2048, 8192), (0, True, 128, 64, 64, 8, 4)),
+)
 
 
 def main() -> None:
@@ -57,10 +38,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of times")
     parser.add_argument("--go")
     a = parser.parse_args()
-    import leaves_flat
     import torch
 
-    from bi_patch.kernels.triton import gemm, leaves
+    from bi_patch.kernels.triton import leaves
 
     torch.manual_seed(1)
     rows: list = []
@@ -101,11 +81,8 @@ def main() -> None:
                 sums["differing"] += int((rank_sum(parts) != in_rank_order(parts)).sum())
     result["sums"] = sums
 
-    def call(form: str, tile: tuple, x, leaf_count: int, dtype):
-        if form == "flat":
-            groups, *blocks = tile
-            return lambda w: leaves_flat.product(x, w, None, leaf_count, dtype, groups, gemm.Tile(*blocks))
-        return lambda w: leaves.product(x, w, None, leaf_count, dtype, form == "each", gemm.Tile(*tile))
+    def call(form: leaves.Form, x, leaf_count: int, dtype):
+        return lambda w: leaves.product(x, w, None, leaf_count, dtype, form)
 
     held = {}
     for name, (n, k) in SHAPES.items():
@@ -132,13 +109,13 @@ def main() -> None:
             for key, got in (("error", want), ("torch_error", torch.mm(x, w.T))):
                 row[key] = float((got[:256].double() - exact).abs().max() / exact.std())
             row["tiles: differing, us of 1 rank, us of one of 2"] = tiles = {}
-            for form, tile in of_rows(m):
+            for form in of_rows(m, n, k):
                 try:
-                    tiles[f"{form} {tile}"] = [differing(call(form, tile, x, 8, torch.bfloat16)(w), want)]
+                    tiles[str(form)] = [differing(call(form, x, 8, torch.bfloat16)(w), want)]
                     half = x[:, : k // 2].contiguous()
-                    call(form, tile, half, 4, torch.float32)(held[name][1][0])
+                    call(form, half, 4, torch.float32)(held[name][1][0])
                 except Exception as error:
-                    tiles[f"{form} {tile}"] = f"{type(error).__name__}: {error}"[:120]
+                    tiles[str(form)] = f"{type(error).__name__}: {error}"[:120]
             rows.append(row)
             write(a.out, result)
     print("bits compared", flush=True)
@@ -156,17 +133,24 @@ def main() -> None:
             break
         row["torch_us"] = timed(lambda w, x=x: torch.mm(x, w.T), copies)
         row["torch_half_us"] = timed(lambda w, x=half: torch.mm(x, w.T), halves)
-        for form, tile in of_rows(m):
-            found = row["tiles: differing, us of 1 rank, us of one of 2"][f"{form} {tile}"]
+        for form in of_rows(m, *SHAPES[row["shape"]]):
+            found = row["tiles: differing, us of 1 rank, us of one of 2"][str(form)]
             if isinstance(found, list):
-                found.append(timed(call(form, tile, x, 8, torch.bfloat16), copies))
-                found.append(timed(call(form, tile, half, 4, torch.float32), halves))
+                found.append(timed(call(form, x, 8, torch.bfloat16), copies))
+                found.append(timed(call(form, half, 4, torch.float32), halves))
         write(a.out, result)
     print("done", len(rows), round(time.monotonic() - begin, 1))
 
 
-def of_rows(rows: int) -> list[tuple[str, tuple]]:
-    return [(form, tile) for form, tiles in FORMS.items() for held, tile in tiles if rows in held]
+def of_rows(rows: int, cols: int, depth: int) -> list:
+    """The form that serves, then further ones."""
+    import torch
+
+    from bi_patch.kernels.triton import gemm, leaves
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    further = [leaves.Form(*form[:2], gemm.Tile(*form[2:])) for held, form in FORMS if rows in held]
+    return [leaves.form(rows, cols, depth // 8, 8, processors), *further]
 
 
 def write(out: str, result: dict) -> None:

@@ -7,8 +7,13 @@ Order of one output: one fp32 accumulator takes a leaf's K in ascending order in
 binary tree: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). A rank of n computes 8 / n leaves side by side, a whole subtree,
 whose root stays in fp32. The roots of all ranks are added in the same tree, then the bias; the result is rounded once.
 
-`_whole`: one program computes all leaves of a tile. `_each`: one program for each leaf, for few rows, and `_tree` adds.
+`_flat`: one loop over all leaves of a tile, so that loads never stop between leaves. Sums are added as a binary counter
+carries. For few rows, two programs share a tile's leaves, and `_tree` adds their roots. `_pairs`: two leaves side by
+side, for large tiles; roots wait in memory, because registers have no room for them.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,19 +22,18 @@ import triton.language as tl
 from . import gemm
 
 LEAVES = (1, 2, 4, 8)
-FEW = 128  # up to this many rows, every leaf has programs of its own
+SHARED = 200 << 10  # bytes of shared memory of a block that the tiles with tensor descriptors need
 
 
-@triton.jit
-def _leaf(x_tile, w_tile, leaf, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    x_tile += leaf * size
-    w_tile += leaf * size
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(0, size, BLOCK_K):
-        total = tl.dot(tl.load(x_tile), tl.load(w_tile), total, input_precision="ieee")
-        x_tile += BLOCK_K
-        w_tile += BLOCK_K
-    return total
+class Form(NamedTuple):
+    """A kernel and its tile. The form does not change bits where the certificate says so.
+
+    groups: programs that share a tile's leaves; 0 selects `_pairs`. described: whether tensor descriptors load.
+    """
+
+    groups: int
+    described: bool
+    tile: gemm.Tile
 
 
 @triton.jit
@@ -41,16 +45,97 @@ def _finish(total, bias, out, m, n, rows, cols, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _whole(
+def _flat(
     x,
     w,
     bias,
     out,
     rows,
     cols,
-    size,
     stride_x,
     stride_w,
+    STEPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """STEPS: of K in a leaf. COUNT: of leaves of one program."""
+    tile_m, tile_n = gemm._swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    out += tl.program_id(1).to(tl.int64) * rows * cols
+    first = tl.program_id(1) * STEPS * COUNT
+    if not DESCRIBED:
+        k = first * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_tile = x + m.to(tl.int64)[:, None] * stride_x + k[None, :]
+        w_tile = w + (n % cols).to(tl.int64)[None, :] * stride_w + k[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    one = total
+    two = total
+    four = total
+    for i in range(STEPS * COUNT):
+        if DESCRIBED:
+            a = x.load([tile_m * BLOCK_M, (first + i) * BLOCK_K])
+            b = w.load([tile_n * BLOCK_N, (first + i) * BLOCK_K]).T
+        else:
+            a = tl.load(x_tile, mask=m[:, None] < rows, other=0.0)
+            b = tl.load(w_tile)
+            x_tile += BLOCK_K
+            w_tile += BLOCK_K
+        total = tl.dot(a, b, total, input_precision="ieee")
+        if COUNT > 1 and i % STEPS == STEPS - 1:
+            leaf = i // STEPS
+            if leaf % 2 == 0:
+                one = total
+            else:
+                one += total
+                if COUNT >= 4:
+                    if leaf % 4 == 1:
+                        two = one
+                    else:
+                        two += one
+                        if COUNT == 8:
+                            if leaf == 3:
+                                four = two
+                            else:
+                                four += two
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    root = total
+    if COUNT == 2:
+        root = one
+    if COUNT == 4:
+        root = two
+    if COUNT == 8:
+        root = four
+    _finish(root, bias, out, m, n, rows, cols, HAS_BIAS)
+
+
+@triton.jit
+def _pair(x, w, m, n, leaf, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    one = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    two = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in range(leaf * STEPS, (leaf + 1) * STEPS):
+        k = i * BLOCK_K
+        one = tl.dot(x.load([m, k]), w.load([n, k]).T, one, input_precision="ieee")
+        k = (i + STEPS) * BLOCK_K
+        two = tl.dot(x.load([m, k]), w.load([n, k]).T, two, input_precision="ieee")
+    return one + two
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _pairs(
+    x,
+    w,
+    bias,
+    held,
+    out,
+    rows,
+    cols,
+    STEPS: tl.constexpr,
     COUNT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,51 +143,33 @@ def _whole(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = gemm._swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x_tile = x + (m % rows).to(tl.int64)[:, None] * stride_x + k[None, :]
-    w_tile = w + (n % cols).to(tl.int64)[None, :] * stride_w + k[:, None]
-    root = _leaf(x_tile, w_tile, 0, size, BLOCK_M, BLOCK_N, BLOCK_K)
-    if COUNT >= 2:
-        root += _leaf(x_tile, w_tile, 1, size, BLOCK_M, BLOCK_N, BLOCK_K)
-    if COUNT >= 4:
-        two = _leaf(x_tile, w_tile, 2, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        two += _leaf(x_tile, w_tile, 3, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        root += two
-    if COUNT == 8:
-        four = _leaf(x_tile, w_tile, 4, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        four += _leaf(x_tile, w_tile, 5, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        six = _leaf(x_tile, w_tile, 6, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        six += _leaf(x_tile, w_tile, 7, size, BLOCK_M, BLOCK_N, BLOCK_K)
-        root += four + six
-    _finish(root, bias, out, m, n, rows, cols, HAS_BIAS)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _each(
-    x,
-    w,
-    parts,
-    rows,
-    cols,
-    size,
-    stride_x,
-    stride_w,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    leaf = tl.program_id(1)
+    """held: fp32 [programs, 2, BLOCK_M, BLOCK_N]. Barriers, because a thread may load what another one stored."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
-    m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x_tile = x + (m % rows).to(tl.int64)[:, None] * stride_x + k[None, :]
-    w_tile = w + (n % cols).to(tl.int64)[None, :] * stride_w + k[:, None]
-    total = _leaf(x_tile, w_tile, leaf, size, BLOCK_M, BLOCK_N, BLOCK_K)
-    _finish(total, parts, parts + leaf.to(tl.int64) * rows * cols, m, n, rows, cols, False)
+    own = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    held += tl.program_id(0) * 2 * BLOCK_M * BLOCK_N
+    other = held + BLOCK_M * BLOCK_N
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = gemm._swizzle(tile, tiles_m, tiles_n, GROUP)
+        m = tile_m * BLOCK_M
+        n = tile_n * BLOCK_N
+        root = _pair(x, w, m, n, 0, STEPS, BLOCK_M, BLOCK_N, BLOCK_K)
+        if COUNT >= 4:
+            tl.store(held + own, root)
+            root = _pair(x, w, m, n, 2, STEPS, BLOCK_M, BLOCK_N, BLOCK_K)
+            tl.debug_barrier()
+            root += tl.load(held + own)
+        if COUNT == 8:
+            tl.store(other + own, root)
+            root = _pair(x, w, m, n, 4, STEPS, BLOCK_M, BLOCK_N, BLOCK_K)
+            tl.debug_barrier()
+            tl.store(held + own, root)
+            root = _pair(x, w, m, n, 6, STEPS, BLOCK_M, BLOCK_N, BLOCK_K)
+            tl.debug_barrier()
+            root += tl.load(held + own)
+            root += tl.load(other + own)
+        _finish(root, bias, out, m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N), rows, cols, HAS_BIAS)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -127,24 +194,42 @@ def _tree(parts, bias, out, count, cols, COUNT: tl.constexpr, HAS_BIAS: tl.const
     tl.store(out + at, root.to(out.dtype.element_ty), mask=mask)
 
 
-def step(size: int) -> int:
-    """The kernel's step of K for leaves of `size` elements. Raises ValueError if no step fits."""
-    for block in (64, 32, 16):
-        if size % block == 0:
+def step(size: int, most: int = 64) -> int:
+    """The kernel's step of K for leaves of `size` elements, up to `most`. Raises ValueError if no step fits."""
+    for block in (128, 64, 32, 16):
+        if block <= most and size % block == 0:
             return block
     raise ValueError(f"a leaf of {size} elements of K is no multiple of 16")
 
 
-def tile(rows: int, size: int, each: bool) -> gemm.Tile:
-    """Block sizes for a number of rows and a leaf's size. They do not change bits where the certificate says so."""
-    deep = step(size)
-    if each:
-        if rows <= 16:
-            return gemm.Tile(16, 64, 128 if size % 128 == 0 else deep, 4, 4)
-        return gemm.Tile(32 if rows <= 32 else 64, 64, deep, 4, 4)
-    if rows <= 512:
-        return gemm.Tile(64, 128, deep, 8, 3)
-    return gemm.Tile(128, 128, deep, 8, 3)
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU with tensor descriptors and room for their tiles; 0 for other devices."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count if found.shared_memory_per_block_optin >= SHARED else 0
+
+
+def form(rows: int, cols: int, size: int, leaves: int, processors: int) -> Form:
+    """The fastest form on an H200 for x [rows, K] and w [cols, K], with K in `leaves` leaves of `size` elements.
+
+    processors: multiprocessors of a GPU with tensor descriptors and SHARED; 0 for other devices. Raises ValueError if
+    no step of K fits.
+    """
+    deep = step(size, 128)
+    if rows <= 16:
+        return Form(min(2, leaves), False, gemm.Tile(16, 64, deep, 4, 5))
+    if rows <= 32 or not processors:
+        return Form(1, False, gemm.Tile(32, 32, deep, 4, 5))
+    if rows <= 128:
+        return Form(1, True, gemm.Tile(64, 32, deep, 4, 6 if rows <= 64 else 4))
+    large = gemm.Tile(128, 128, step(size), 8, 3)
+    if leaves == 1:
+        return Form(1, True, large)
+    if gemm.count(large, rows, cols) > processors // 2:
+        return Form(0, True, large)
+    return Form(0, True, gemm.Tile(128, 64, step(size), 8, 4))
 
 
 def product(
@@ -153,46 +238,42 @@ def product(
     bias: torch.Tensor | None,
     leaves: int,
     dtype: torch.dtype,
-    each: bool | None = None,
-    blocks: gemm.Tile | None = None,
+    chosen: Form | None = None,
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K].T (+ bias [N]) in `leaves` leaves -> [M, N] of `dtype`: fp32 for a subtree's root.
 
-    each: whether each leaf has programs of its own; by default for few rows. Raises ValueError if the leaves do not
-    fit.
+    On GPUs with tensor descriptors, x and weight must fit them (gemm.can_describe). Raises ValueError if the leaves do
+    not fit.
     """
     (rows, depth), cols = x.shape, weight.shape[0]
     if leaves not in LEAVES or depth % leaves:
         raise ValueError(f"K = {depth} cannot be cut into {leaves} leaves")
-    size = depth // leaves
-    each = rows <= FEW if each is None else each
-    chosen = blocks or tile(rows, size, each)
-    out = torch.empty((rows, cols), dtype=dtype, device=x.device)
+    processors = _processors(x.device)
+    chosen = chosen or form(rows, cols, depth // leaves, leaves, processors)
+    groups, tile = chosen.groups, chosen.tile
+    out = torch.empty((max(groups, 1), rows, cols), dtype=dtype if groups < 2 else torch.float32, device=x.device)
     if not rows:
-        return out
-    launch = {"BLOCK_M": chosen.m, "BLOCK_N": chosen.n, "BLOCK_K": chosen.k}
-    launch |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    if each:
-        parts = torch.empty((leaves, rows, cols), dtype=torch.float32, device=x.device)
-        grid = (gemm.count(chosen, rows, cols), leaves)
-        _each[grid](x, weight, parts, rows, cols, size, x.stride(0), weight.stride(0), **launch)
-        return tree(parts, bias, dtype)
-    _whole[(gemm.count(chosen, rows, cols),)](
-        x,
-        weight,
-        bias if bias is not None else x,
-        out,
-        rows,
-        cols,
-        size,
-        x.stride(0),
-        weight.stride(0),
-        COUNT=leaves,
-        HAS_BIAS=bias is not None,
-        GROUP=8,
-        **launch,
-    )
-    return out
+        return out[0].to(dtype)
+    launch = {"STEPS": depth // leaves // tile.k, "COUNT": leaves // max(groups, 1), "GROUP": 8}
+    launch |= {"HAS_BIAS": bias is not None and groups < 2}
+    launch |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    launch |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    given = (x, weight)
+    if chosen.described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        sizes = ([tile.m, tile.k], [tile.n, tile.k])
+        given = tuple(TensorDescriptor.from_tensor(*pair) for pair in zip(given, sizes, strict=True))
+    added = bias if bias is not None else x
+    tiles = gemm.count(tile, rows, cols)
+    if groups:
+        strides = x.stride(0), weight.stride(0)
+        _flat[(tiles, groups)](*given, added, out, rows, cols, *strides, DESCRIBED=chosen.described, **launch)
+        return out[0] if groups == 1 else tree(out, bias, dtype)
+    programs = min(tiles, processors or tiles)
+    held = torch.empty((programs, 2, tile.m, tile.n), dtype=torch.float32, device=x.device)
+    _pairs[(programs,)](*given, added, held, out, rows, cols, **launch)
+    return out[0]
 
 
 def tree(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -53,13 +53,14 @@ def row_parallel(
     """
     import torch
 
+    from bi_patch.kernels.triton import gemm
     from bi_patch.kernels.triton import leaves as kernels
 
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         raise CertificateFailed(f"cuda.leaves: no product of {x.dtype} rows and {weight.dtype} weights")
     flat = x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    if flat.stride(-1) != 1 or not gemm.can_describe(flat):
+        flat = flat.clone(memory_format=torch.contiguous_format)
     if ranks == 1:
         return kernels.product(flat, weight, bias, leaves, x.dtype).view(*x.shape[:-1], weight.shape[0])
     if _ranks is None:

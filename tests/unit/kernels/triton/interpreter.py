@@ -346,23 +346,30 @@ def sums() -> None:
 
 
 def parts_of_k() -> None:
-    """Products in eight leaves: the same bits for every number of ranks, in both forms, and for a row alone."""
+    """Products in eight leaves: the same bits for every number of ranks, in every form, and for a row alone."""
     generator = torch.Generator().manual_seed(8)
-    for dtype in (torch.bfloat16, torch.float16):
-        for k in (512, 768):
-            x, w = torch.randn(5, k, generator=generator).to(dtype), torch.randn(40, k, generator=generator).to(dtype)
-            bias = torch.randn(40, generator=generator).to(dtype)
-            want = leaves.product(x, w, bias, 8, dtype)
-            report(f"leaves {k} {dtype}", close(want, x.double() @ w.double().T + bias.double(), dtype))
-            same = torch.equal(leaves.product(x[2:3], w, bias, 8, dtype)[0], want[2])
-            report(f"leaves {k} {dtype} alone", "" if same else "a row alone differs")
-            for each in (False, True):
-                for count in (1, 2, 4, 8):
-                    own = k // count
-                    cut = [slice(r * own, (r + 1) * own) for r in range(count)]
-                    roots = [leaves.product(x[:, c], w[:, c], None, 8 // count, torch.float32, each) for c in cut]
-                    same = torch.equal(leaves.tree(torch.stack(roots), bias, dtype), want)
-                    report(f"leaves {k} {dtype} {count} ranks {each}", "" if same else "other bits")
+    leaves._processors = lambda device: 2  # a program has several tiles
+    for dtype, k in ((torch.bfloat16, 384), (torch.float16, 256)):
+        x, w = torch.randn(17, k, generator=generator).to(dtype), torch.randn(24, k, generator=generator).to(dtype)
+        bias = torch.randn(24, generator=generator).to(dtype)
+        want = leaves.product(x, w, bias, 8, dtype)
+        report(f"leaves {k} {dtype}", close(want, x.double() @ w.double().T + bias.double(), dtype))
+        same = torch.equal(leaves.product(x[2:3], w, bias, 8, dtype)[0], want[2])
+        report(f"leaves {k} {dtype} alone", "" if same else "a row alone differs")
+        # NumPy's order depends on the step of K, which is the same for all.
+        tile = gemm.Tile(16, 16, leaves.step(k // 8), 4, 2)
+        forms = (leaves.Form(groups, described, tile) for groups, described in ((2, 0), (1, 0), (1, 1), (0, 1)))
+        for form, count in itertools.product(forms, (1, 2, 4, 8)):
+            if 8 // count < (form.groups or 2):
+                continue
+            own = k // count
+            cut = [slice(r * own, (r + 1) * own) for r in range(count)]
+            roots = [leaves.product(x[:, c], w[:, c], None, 8 // count, torch.float32, form) for c in cut]
+            same = torch.equal(leaves.tree(torch.stack(roots), bias, dtype), want)
+            report(f"leaves {k} {dtype} {count} ranks {form}", "" if same else "other bits")
+            if count == 1:
+                same = torch.equal(leaves.product(x, w, bias, 8, dtype, form), want)
+                report(f"leaves {k} {dtype} with bias {form}", "" if same else "other bits")
 
 
 @triton.jit

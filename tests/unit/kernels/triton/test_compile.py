@@ -230,13 +230,24 @@ def test_row_sum(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_leaves(architecture):
-    strides = {"stride_x": "i32", "stride_w": "i32"}
-    sizes = {"rows": "i32", "cols": "i32", "size": "i32"} | strides
-    block = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-    pointers = {"x": "*bf16", "w": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"COUNT": 8, "HAS_BIAS": True, "GROUP": 8}
-    build(leaves._whole, pointers | sizes, constants | block, architecture, num_warps=4)
-    build(leaves._each, {"x": "*bf16", "w": "*bf16", "parts": "*fp32"} | sizes, block, architecture, num_warps=4)
+    processors = 132 if architecture >= 90 and SHARED[architecture] >= leaves.SHARED else 0
+    given = dict.fromkeys(("rows", "cols", "stride_x", "stride_w"), "i32")
+    given |= {"bias": "*bf16", "held": "*fp32", "out": "*bf16"}
+    sizes = ((1, 8), (64, 8), (8192, 8))
+    forms = {(leaves.form(rows, 4096, 512, count, processors), count) for rows, count in sizes}
+    for (groups, described, tile), count in sorted(forms):
+        loaded = {"x": "*bf16", "w": "*bf16"}
+        if described:
+            loaded = {"x": f"tensordesc<bf16[{tile.m}, {tile.k}]>", "w": f"tensordesc<bf16[{tile.n}, {tile.k}]>"}
+        constants = {"STEPS": 512 // tile.k, "COUNT": count // max(groups, 1), "HAS_BIAS": True, "GROUP": 8}
+        constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        function = leaves._pairs
+        if groups:
+            function, constants = leaves._flat, constants | {"DESCRIBED": described}
+        taken = {name: kind for name, kind in (given | loaded).items() if name in function.arg_names}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        built = build(function, taken, constants, architecture, **options)
+        assert built.metadata.shared <= SHARED[architecture]
     signature = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "count": "i32", "cols": "i32"}
     constants = {"COUNT": 8, "HAS_BIAS": True, "BLOCK": 1024}
     build(leaves._tree, signature, constants, architecture, num_warps=4)
