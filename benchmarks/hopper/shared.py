@@ -47,10 +47,10 @@ class Case(NamedTuple):
 
 CASES = {
     "Qwen3-8B, 2 layers, TP 2 on one GPU": Case((2,)),
-    "Qwen3-8B, 2 layers, TP 1, 2 and 4 equal, on one GPU": Case((2, 1, 4), parts=8),
     "Qwen3-8B, 2 layers, TP 2 on one GPU, compiled": Case((2,), eager=False),
     "Qwen3-8B, 2 layers, TP 4 on one GPU": Case((4,)),
-    "Qwen3-8B, 2 layers, TP 1 and 2 equal, on one GPU, compiled": Case((2, 1), eager=False, parts=8),
+    "Qwen3-8B, 2 layers, TP 1 and 2 equal, on one GPU": Case((2, 1), parts=8),
+    "Qwen3-8B, 2 layers, TP 1, 2 and 4 equal, on one GPU, compiled": Case((2, 1, 4), eager=False, parts=8),
     "Qwen3-8B, 2 layers, one rank, K in eight parts": Case((1,), parts=8),
     "Qwen3-8B, 2 layers, one rank, K in eight parts, compiled": Case((1,), eager=False, parts=8),
     "Qwen3-30B-A3B, 2 layers, TP 2 on one GPU": Case((2,), model="Qwen3-30B-A3B"),

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from bi_patch.errors import CertificateFailed, UnsupportedFeature
+from bi_patch.kernels.triton import gemm
+from bi_patch.kernels.triton import leaves as kernels
 from bi_patch.ops.cpu.leaves import tree
 from bi_patch.ops.cuda import leaves as ops
 from bi_patch.seams import active, leaves
@@ -25,11 +27,9 @@ def summed(parts, bias, dtype):
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    from bi_patch.kernels.triton import leaves as held
-
-    monkeypatch.setattr(held, "product", product)
-    monkeypatch.setattr(held, "tree", summed)
+def doubles(monkeypatch):
+    monkeypatch.setattr(kernels, "product", product)
+    monkeypatch.setattr(kernels, "tree", summed)
     monkeypatch.setattr(ops, "_ranks", None)
     monkeypatch.setattr(active, "leaves", 8)
 
@@ -54,6 +54,21 @@ def test_every_number_of_ranks_has_the_bits_of_one():
         ops.connect(ops.Ranks(lambda own, roots=roots: roots[0] + roots[1], gather))
         for a, b in parts:
             assert torch.equal(ops.row_parallel(a.contiguous(), b.contiguous(), bias, 8 // ranks, ranks), want)
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x: x[..., 1:257], lambda x: x[..., :512:2], lambda x: x.view(-1)[1:3841].view(15, 256)]
+)
+def test_rows_that_tensor_descriptors_do_not_fit_are_copied(cut, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "product", lambda x, *given: (seen.append(x), product(x, *given))[1])
+    x = cut(torch.randn((15, 520), generator=torch.Generator().manual_seed(4)).bfloat16())
+    _, weight, bias = made()
+    assert torch.equal(ops.row_parallel(x, weight, bias, 8, 1), product(x, weight, bias, 8, x.dtype))
+    assert gemm.can_describe(seen[0]) and seen[0].stride(-1) == 1
+    aligned = x.clone(memory_format=torch.contiguous_format)
+    ops.row_parallel(aligned, weight, bias, 8, 1)
+    assert seen[1].data_ptr() == aligned.data_ptr()
 
 
 def test_other_types_and_a_process_without_ranks_are_refused():
