@@ -4,7 +4,7 @@
 
 Each rank is a process of its own with vLLM's external launcher. vLLM's one-stage all-reduce adds over CUDA IPC, as
 between GPUs; the ranks take turns on the GPU. NCCL refuses two ranks on a GPU, so the host carries what is gathered
-(logits, and roots of more than two ranks). So this shows bits, no times. Without a GPU, the ranks are processes of the
+(logits, and roots of more than two ranks), which no CUDA graph can hold. So this shows bits, no times. Without a GPU, the ranks are processes of the
 CPU. Exit code 1: a position differs.
 """
 
@@ -50,7 +50,8 @@ CASES = {
     "Qwen3-8B, 2 layers, TP 2 on one GPU, compiled": Case((2,), eager=False),
     "Qwen3-8B, 2 layers, TP 4 on one GPU": Case((4,)),
     "Qwen3-8B, 2 layers, TP 1 and 2 equal, on one GPU": Case((2, 1), parts=8),
-    "Qwen3-8B, 2 layers, TP 1, 2 and 4 equal, on one GPU, compiled": Case((2, 1, 4), eager=False, parts=8),
+    "Qwen3-8B, 2 layers, TP 1, 2 and 4 equal, on one GPU": Case((2, 1, 4), parts=8),
+    "Llama-3.2-1B, 2 layers, TP 1, 2 and 4 equal, on one GPU": Case((2, 1, 4), parts=8, model="Llama-3.2-1B"),
     "Qwen3-8B, 2 layers, one rank, K in eight parts": Case((1,), parts=8),
     "Qwen3-8B, 2 layers, one rank, K in eight parts, compiled": Case((1,), eager=False, parts=8),
     "Qwen3-30B-A3B, 2 layers, TP 2 on one GPU": Case((2,), model="Qwen3-30B-A3B"),
@@ -75,7 +76,10 @@ def share() -> None:
     from vllm.distributed.device_communicators import cuda_communicator, custom_all_reduce, pynccl
     from vllm.platforms import current_platform
 
+    from bi_patch.seams.common import communicator as policy
     from bi_patch.seams.cuda import communicator
+
+    policy._EAGER_RANKS = 4  # bi_patch refuses them, because no engine of several GPUs was measured
 
     def absent(self, group, device, library_path=None):
         self.available, self.disabled = False, True
