@@ -27,8 +27,17 @@ FORMS = (
     ((32,), (2, False, 32, 64, 128, 4, 4)),
     ((64, 128), (2, True, 64, 64, 128, 4, 4)),
     ((128, 256), (0, True, 64, 64, 128, 8, 3)),
+    ((128,), (0, True, 64, 64, 64, 8, 5)),
+    ((128,), (0, True, 128, 32, 64, 8, 6)),
+    ((128,), (0, True, 128, 32, 64, 4, 6)),
+    ((256,), (0, True, 64, 128, 64, 8, 4)),
+    ((256,), (0, True, 128, 64, 64, 4, 4)),
+    ((256,), (0, True, 128, 64, 32, 8, 8)),
     ((256,), (0, True, 128, 128, 64, 8, 3)),
     ((2048, 8192), (0, True, 128, 64, 64, 8, 4)),
+    ((2048, 8192), (0, True, 64, 256, 64, 8, 2)),
+    ((2048, 8192), (0, True, 256, 64, 64, 8, 2)),
+    ((8192,), (0, True, 64, 256, 32, 8, 5)),
 )
 
 
@@ -38,13 +47,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of times")
     parser.add_argument("--go")
     a = parser.parse_args()
+    import stamp
     import torch
 
     from bi_patch.kernels.triton import leaves
 
     torch.manual_seed(1)
     rows: list = []
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+    result = stamp.head() | {"command": "benchmarks/hopper/leaves.py", "rows": rows}
 
     def differing(one, other) -> int:
         return int((one.view(torch.int16) != other.view(torch.int16)).sum())

@@ -51,7 +51,6 @@ CASES = {
     "Qwen3-8B, 2 layers, TP 4 on one GPU": Case((4,)),
     "Qwen3-8B, 2 layers, TP 1 and 2 equal, on one GPU": Case((2, 1), parts=8),
     "Qwen3-8B, 2 layers, TP 1, 2 and 4 equal, on one GPU": Case((2, 1, 4), parts=8),
-    "Llama-3.2-1B, 2 layers, TP 1, 2 and 4 equal, on one GPU": Case((2, 1, 4), parts=8, model="Llama-3.2-1B"),
     "Qwen3-8B, 2 layers, one rank, K in eight parts": Case((1,), parts=8),
     "Qwen3-8B, 2 layers, one rank, K in eight parts, compiled": Case((1,), eager=False, parts=8),
     "Qwen3-30B-A3B, 2 layers, TP 2 on one GPU": Case((2,), model="Qwen3-30B-A3B"),

@@ -24,6 +24,7 @@ _H200_LAST = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-6.json"
 _H200_FOUR = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-7.json"
 _H200_EXECUTORS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-3.json"
 _H200_PARTS = "invariance-2026-11-30-h200-ranks-vllm-0.33.0-4.json"
+_H200_EIGHTHS = "invariance-2026-12-01-h200-ranks-vllm-0.33.0.json"
 _CPU_STAGES = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-5.json"
 _CPU_REPLICAS = "invariance-2026-11-30-cpu-replicas-vllm-0.32.0.json"
 _CPU_MORE_RANKS = "invariance-2026-11-30-cpu-ranks-vllm-0.32.0-6.json"
@@ -238,6 +239,7 @@ DISTRIBUTED: tuple[Feature, ...] = (
                 _H200_RANKS,
                 _H200_RANKS_MORE,
                 _H200_LAST,
+                _H200_EIGHTHS,
                 why="dense decoders in 16 bits with a 16-bit KV cache: one, two and four ranks compiled, one and two "
                 "in eager mode; layers with a window, sinks or ALiBi were not measured, and the rest is refused",
             ),

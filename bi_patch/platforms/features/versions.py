@@ -17,6 +17,7 @@ VERSIONS: dict[str, dict[str, Cell]] = {
             "invariance-2026-11-30-h200-vllm-0.26.0-2.json",
             "invariance-2026-11-30-h200-families-vllm-0.26.0-2.json",
             "invariance-2026-11-30-h200-families-vllm-0.26.0-3.json",
+            "invariance-2026-12-01-h200-families-vllm-0.26.0.json",
         ),
         "0.32.0": untried("the patch points are compared with its sources"),
         "0.33.0": served("invariance-2026-11-22-h100-seams-vllm-0.33.0.json"),
