@@ -4,8 +4,8 @@
 
 Each rank is a process of its own with vLLM's external launcher. vLLM's one-stage all-reduce adds over CUDA IPC, as
 between GPUs; the ranks take turns on the GPU. NCCL refuses two ranks on a GPU, so the host carries what is gathered
-(logits, and roots of more than two ranks), which no CUDA graph can hold. So this shows bits, no times. Without a GPU, the ranks are processes of the
-CPU. Exit code 1: a position differs.
+(logits, and roots of more than two ranks, which no CUDA graph then holds). So this shows bits, no times. Without a GPU,
+the ranks are processes of the CPU. Exit code 1: a position differs.
 """
 
 from __future__ import annotations

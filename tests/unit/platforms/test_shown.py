@@ -42,6 +42,7 @@ _STEPS = ("batch size", "load of all ranks", "data-parallel rank")
 _OTHER_FOUR_BITS = ("tiny-qwen2-awq", "tiny-llama-gptq")
 _RANKS = ("batch size", "position and order", "mixed lengths", "prefix cache", "chunk budget")
 _WHOLE = (*_RANKS, "decode = prefill")
+_STEPPED = ("batch size", "mixed lengths", "prefix cache", "chunk budget", "decode = prefill")
 _STAGED = (*_RANKS[:3], "co-batch contents", "decode = prefill", "seeded sampling")
 _REPLICAS = ("batch size", "one by one", "data-parallel rank")
 _RECURRENT = ("Qwen3-Next", "Falcon-H1", "Mamba", "Jamba", "LFM2")
@@ -300,6 +301,9 @@ SHOWN: dict[tuple[str, str], tuple[Rows, ...]] = {
         ("* TP 1 and 2 equal", *_EQUAL),
         ("* TP 1, 2 and 4 equal, compiled", *_EQUAL),
         ("* TP 1 and 2 equal, compiled", *_EQUAL),
+        *(("* TP 1 and 2 equal, on one GPU" + end, "tensor parallel 2 and 1") for end in ("", ", compiled")),
+        ("* TP 1, 2 and 4 equal, on one GPU", "tensor parallel 2 and 1", "tensor parallel 2 and 4"),
+        *_modes("* one rank, K in eight parts", *_STEPPED),
     ),
     (
         "tensor parallelism without vLLM's one-stage all-reduce (no peer memory, or other than 2, 4, 6 or 8 ranks), "
