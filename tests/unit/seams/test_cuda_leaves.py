@@ -75,6 +75,10 @@ def test_other_types_and_a_process_without_ranks_are_refused():
     x, weight, bias = made()
     with pytest.raises(CertificateFailed, match="no product of torch.float32 rows"):
         ops.row_parallel(x.float(), weight.float(), bias, 8, 1)
+    wide = torch.zeros((32, 257), dtype=torch.bfloat16)
+    for other in (weight.T.contiguous().T, wide[:, 1:], wide[:, :256], weight.view(-1)[1:257].view(1, 256)):
+        with pytest.raises(CertificateFailed, match="not aligned to 16 bytes"):
+            ops.row_parallel(x, other, bias, 8, 1)
     with pytest.raises(CertificateFailed, match="no other ranks"):
         ops.row_parallel(x, weight, bias, 4, 2)
 
