@@ -1,15 +1,16 @@
 """GEMM of a rank's part of a row-parallel layer, in fixed parts of K: the same bits for every number of ranks.
 
 x [M, K], w [N, K] (bf16 or fp16), bias [N] or none. K is cut into `leaves` equal parts, a power of two up to 8. Each is
-a multiple of a kernel's step of K.
+a multiple of a kernel's step of K, and has two steps or more: Triton would join the product of a single step with the
+addition of another leaf, and that sum would have another order.
 
 Order of one output: one fp32 accumulator takes a leaf's K in ascending order in one pass. Leaves are added in fp32 in a
-binary tree: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). A rank of n computes 8 / n leaves side by side, a whole subtree,
+binary tree: ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). A rank of n computes 8 / n neighboring leaves, a whole subtree,
 whose root stays in fp32. The roots of all ranks are added in the same tree, then the bias; the result is rounded once.
 
 `_flat`: one loop over all leaves of a tile, so that loads never stop between leaves. Sums are added as a binary counter
-carries. For few rows, two programs share a tile's leaves, and `_tree` adds their roots. `_pairs`: two leaves side by
-side, for large tiles; roots wait in memory, because registers have no room for them.
+carries. For few rows, two programs share a tile's leaves, and `_tree` adds their roots. `_pairs`: for large tiles, a
+loop over two leaves at a time; roots wait in memory, because registers have no room for them.
 """
 
 import functools
@@ -63,7 +64,7 @@ def _flat(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """STEPS: of K in a leaf. COUNT: of leaves of one program."""
+    """STEPS: steps of K in a leaf. COUNT: leaves of one program."""
     tile_m, tile_n = gemm._swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -143,7 +144,8 @@ def _pairs(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """held: fp32 [programs, 2, BLOCK_M, BLOCK_N]. Barriers, because a thread may load what another one stored."""
+    """COUNT: 2, 4 or 8 leaves. held: fp32 [programs, 2, BLOCK_M, BLOCK_N]. A thread may load what another thread
+    stored, hence the barriers."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(cols, BLOCK_N)
     own = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -195,27 +197,34 @@ def _tree(parts, bias, out, count, cols, COUNT: tl.constexpr, HAS_BIAS: tl.const
 
 
 def step(size: int, most: int = 64) -> int:
-    """The kernel's step of K for leaves of `size` elements, up to `most`. Raises ValueError if no step fits."""
+    """The kernel's step of K for leaves of `size` elements, up to `most`; a leaf has two steps or more. Raises
+    ValueError if no step fits."""
     for block in (128, 64, 32, 16):
-        if block <= most and size % block == 0:
+        if block <= most and size % block == 0 and size > block:
             return block
-    raise ValueError(f"a leaf of {size} elements of K is no multiple of 16")
+    raise ValueError(f"a leaf of {size} elements of K is no multiple of 16 above 16")
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """The multiprocessors of a GPU with tensor descriptors and room for their tiles; 0 for other devices."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    """The multiprocessors of a GPU that `describes` tiles; 0 for other devices."""
+    if device.type != "cuda":
         return 0
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count if found.shared_memory_per_block_optin >= SHARED else 0
+    return found.multi_processor_count if describes(found.major, found.shared_memory_per_block_optin) else 0
+
+
+def describes(major: int, shared: int) -> bool:
+    """Whether a GPU has tensor descriptors and room for their tiles. major: of its compute capability. shared: bytes of
+    shared memory that a block may use."""
+    return major >= 9 and shared >= SHARED
 
 
 def form(rows: int, cols: int, size: int, leaves: int, processors: int) -> Form:
-    """The fastest form on an H200 for x [rows, K] and w [cols, K], with K in `leaves` leaves of `size` elements.
+    """The form for x [rows, K] and w [cols, K], with K in `leaves` leaves of `size` elements; timed on an H200.
 
-    processors: multiprocessors of a GPU with tensor descriptors and SHARED; 0 for other devices. Raises ValueError if
-    no step of K fits.
+    processors: multiprocessors of a GPU that `describes` tiles; 0 for other devices. Raises ValueError if no step of K
+    fits.
     """
     deep = step(size, 128)
     if rows <= 16:
@@ -242,8 +251,9 @@ def product(
 ) -> torch.Tensor:
     """x [M, K] @ weight [N, K].T (+ bias [N]) in `leaves` leaves -> [M, N] of `dtype`: fp32 for a subtree's root.
 
-    On GPUs with tensor descriptors, x and weight must fit them (gemm.can_describe). Raises ValueError if the leaves do
-    not fit.
+    The last dimension of x and weight must be contiguous, and on GPUs with tensor descriptors x and weight must fit
+    these (gemm.can_describe). chosen: a form other than that of `form`. Raises ValueError if the leaves do not fit, or
+    have a single step of K.
     """
     (rows, depth), cols = x.shape, weight.shape[0]
     if leaves not in LEAVES or depth % leaves:
@@ -251,11 +261,15 @@ def product(
     processors = _processors(x.device)
     chosen = chosen or form(rows, cols, depth // leaves, leaves, processors)
     groups, tile = chosen.groups, chosen.tile
-    out = torch.empty((max(groups, 1), rows, cols), dtype=dtype if groups < 2 else torch.float32, device=x.device)
-    if not rows:
+    split = max(groups, 1)
+    steps, rest = divmod(depth // leaves, tile.k)
+    if steps < 2 or rest or (not groups and leaves == 1):
+        raise ValueError(f"{chosen} does not fit {leaves} leaves of {depth // leaves} elements of K")
+    out = torch.empty((split, rows, cols), dtype=dtype if split == 1 else torch.float32, device=x.device)
+    if not rows or not cols:
         return out[0].to(dtype)
-    launch = {"STEPS": depth // leaves // tile.k, "COUNT": leaves // max(groups, 1), "GROUP": 8}
-    launch |= {"HAS_BIAS": bias is not None and groups < 2}
+    launch = {"STEPS": steps, "COUNT": leaves // split, "GROUP": 8}
+    launch |= {"HAS_BIAS": bias is not None and split == 1}
     launch |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
     launch |= {"num_warps": tile.warps, "num_stages": tile.stages}
     given = (x, weight)
@@ -270,14 +284,15 @@ def product(
         strides = x.stride(0), weight.stride(0)
         _flat[(tiles, groups)](*given, added, out, rows, cols, *strides, DESCRIBED=chosen.described, **launch)
         return out[0] if groups == 1 else tree(out, bias, dtype)
-    programs = min(tiles, processors or tiles)
+    programs = min(tiles, processors)
     held = torch.empty((programs, 2, tile.m, tile.n), dtype=torch.float32, device=x.device)
     _pairs[(programs,)](*given, added, held, out, rows, cols, **launch)
     return out[0]
 
 
 def tree(parts: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The sum of fp32 parts [L, M, N] in the tree, plus bias [N] -> [M, N] of `dtype`."""
+    """The sum of fp32 parts [L, M, N] in the tree, plus bias [N] -> [M, N] of `dtype`. L: 1, 2, 4 or 8. All
+    contiguous."""
     count = parts[0].numel()
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     if count:

@@ -18,7 +18,10 @@ def test_the_bundled_sum_is_in_rank_order(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k", "leaves"), [(4096, 12288, 8), (2048, 2048, 8), (640, 384, 4), (512, 256, 2)])
+@pytest.mark.parametrize(
+    ("n", "k", "leaves"),
+    [(4096, 12288, 8), (2048, 2048, 8), (640, 384, 4), (512, 256, 2), (512, 512, 8), (512, 256, 8)],
+)
 def test_products_have_the_same_bits_for_every_number_of_ranks(n, k, leaves, dtype):
     from bi_patch.kernels.triton import leaves as kernels
 
@@ -26,6 +29,7 @@ def test_products_have_the_same_bits_for_every_number_of_ranks(n, k, leaves, dty
     bias = torch.randn(n, device="cuda").to(dtype)
     x = torch.randn(600, k, device="cuda").to(dtype)
     whole = kernels.product(x, w, bias, leaves, dtype)
+    root = kernels.product(x, w, None, leaves, torch.float32)
     want = x.double() @ w.double().T + bias.double()
     assert (whole.double() - want).norm() / want.norm() < 4e-3
     for at, m in ((0, 1), (3, 2), (8, 17), (0, 64), (1, 128), (100, 129), (0, 513), (0, 600)):
@@ -35,6 +39,7 @@ def test_products_have_the_same_bits_for_every_number_of_ranks(n, k, leaves, dty
             roots = [kernels.product(rows[:, c], w[:, c], None, leaves // ranks, torch.float32) for c in parts]
             got = kernels.tree(torch.stack(roots), bias, dtype)
             assert torch.equal(got, whole[at : at + m]), (ranks, at, m)
+            assert torch.equal(kernels.tree(torch.stack(roots), None, torch.float32), root[at : at + m]), (ranks, at, m)
 
 
 @pytest.mark.parametrize("sizes", [[5, 1, 0, 64], [16, 16, 16, 16]])

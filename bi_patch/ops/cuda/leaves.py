@@ -44,6 +44,13 @@ def define_op() -> None:
     )
 
 
+def fits(rows: torch.Tensor) -> bool:
+    """Whether the kernel's loads fit rows [M, K] or a weight [N, K]."""
+    from bi_patch.kernels.triton import gemm
+
+    return rows.stride(-1) == 1 and gemm.can_describe(rows)
+
+
 def row_parallel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int, ranks: int
 ) -> torch.Tensor:
@@ -54,15 +61,14 @@ def row_parallel(
     """
     import torch
 
-    from bi_patch.kernels.triton import gemm
     from bi_patch.kernels.triton import leaves as kernels
 
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         raise CertificateFailed(f"cuda.leaves: no product of {x.dtype} rows and {weight.dtype} weights")
-    if weight.stride(-1) != 1 or not gemm.can_describe(weight):
+    if not fits(weight):
         raise CertificateFailed("cuda.leaves: no product of weights whose rows are not aligned to 16 bytes")
     flat = x.reshape(-1, x.shape[-1])
-    if flat.stride(-1) != 1 or not gemm.can_describe(flat):
+    if not fits(flat):
         flat = flat.clone(memory_format=torch.contiguous_format)
     if ranks == 1:
         return kernels.product(flat, weight, bias, leaves, x.dtype).view(*x.shape[:-1], weight.shape[0])

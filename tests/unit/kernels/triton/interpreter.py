@@ -352,9 +352,13 @@ def parts_of_k() -> None:
     for dtype, k in ((torch.bfloat16, 384), (torch.float16, 256)):
         x, w = torch.randn(17, k, generator=generator).to(dtype), torch.randn(24, k, generator=generator).to(dtype)
         bias = torch.randn(24, generator=generator).to(dtype)
-        want = leaves.product(x, w, bias, 8, dtype)
+        # Sums in fp32: other orders have other bits, which rounding to 16 bits would hide.
+        fp32 = torch.float32
+        want = leaves.product(x, w, bias, 8, fp32)
         report(f"leaves {k} {dtype}", close(want, x.double() @ w.double().T + bias.double(), dtype))
-        same = torch.equal(leaves.product(x[2:3], w, bias, 8, dtype)[0], want[2])
+        rounded = leaves.product(x, w, bias, 8, dtype)
+        report(f"leaves {k} {dtype} rounded", close(rounded, want, dtype))
+        same = torch.equal(leaves.product(x[2:3], w, bias, 8, fp32)[0], want[2])
         report(f"leaves {k} {dtype} alone", "" if same else "a row alone differs")
         # NumPy's order depends on the step of K, which is the same for all.
         tile = gemm.Tile(16, 16, leaves.step(k // 8), 4, 2)
@@ -364,12 +368,18 @@ def parts_of_k() -> None:
                 continue
             own = k // count
             cut = [slice(r * own, (r + 1) * own) for r in range(count)]
-            roots = [leaves.product(x[:, c], w[:, c], None, 8 // count, torch.float32, form) for c in cut]
-            same = torch.equal(leaves.tree(torch.stack(roots), bias, dtype), want)
+            roots = [leaves.product(x[:, c], w[:, c], None, 8 // count, fp32, form) for c in cut]
+            same = torch.equal(leaves.tree(torch.stack(roots), bias, fp32), want)
             report(f"leaves {k} {dtype} {count} ranks {form}", "" if same else "other bits")
             if count == 1:
-                same = torch.equal(leaves.product(x, w, bias, 8, dtype, form), want)
+                same = torch.equal(leaves.product(x, w, bias, 8, fp32, form), want)
                 report(f"leaves {k} {dtype} with bias {form}", "" if same else "other bits")
+    for leaf in (gemm.Tile(16, 16, 32, 4, 2), gemm.Tile(16, 16, 64, 4, 2)):
+        try:
+            leaves.product(x, w, None, 8, dtype, leaves.Form(1, False, leaf))
+            report(f"leaves in steps of {leaf.k}", "a leaf with a single step or less is not refused")
+        except ValueError as error:
+            report(f"leaves in steps of {leaf.k}", "" if "does not fit 8 leaves of 32" in str(error) else str(error))
 
 
 @triton.jit

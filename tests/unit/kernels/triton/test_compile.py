@@ -230,16 +230,18 @@ def test_row_sum(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_leaves(architecture):
-    processors = 132 if architecture >= 90 and SHARED[architecture] >= leaves.SHARED else 0
+    processors = 132 if leaves.describes(architecture // 10, SHARED[architecture]) else 0
+    sizes = [(1, 8, 512), (64, 8, 512), (8192, 8, 512)]
+    if architecture == 90:
+        sizes += [(17, 4, 512), (128, 2, 512), (256, 8, 64), (8192, 2, 32), (8192, 4, 96), (8192, 1, 128), (1, 1, 32)]
     given = dict.fromkeys(("rows", "cols", "stride_x", "stride_w"), "i32")
     given |= {"bias": "*bf16", "held": "*fp32", "out": "*bf16"}
-    sizes = ((1, 8), (64, 8), (8192, 8))
-    forms = {(leaves.form(rows, 4096, 512, count, processors), count) for rows, count in sizes}
-    for (groups, described, tile), count in sorted(forms):
+    forms = {(leaves.form(rows, 4096, size, count, processors), count, size) for rows, count, size in sizes}
+    for (groups, described, tile), count, size in sorted(forms):
         loaded = {"x": "*bf16", "w": "*bf16"}
         if described:
             loaded = {"x": f"tensordesc<bf16[{tile.m}, {tile.k}]>", "w": f"tensordesc<bf16[{tile.n}, {tile.k}]>"}
-        constants = {"STEPS": 512 // tile.k, "COUNT": count // max(groups, 1), "HAS_BIAS": True, "GROUP": 8}
+        constants = {"STEPS": size // tile.k, "COUNT": count // max(groups, 1), "HAS_BIAS": False, "GROUP": 8}
         constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
         function = leaves._pairs
         if groups:
@@ -248,6 +250,9 @@ def test_leaves(architecture):
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built = build(function, taken, constants, architecture, **options)
         assert built.metadata.shared <= SHARED[architecture]
+        # No addition of leaves is joined with a product, which would be another order.
+        added = built.asm["ttir"].count("arith.addf")
+        assert added == (constants["COUNT"].bit_length() - 1 if groups else count - 1)
     signature = {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "count": "i32", "cols": "i32"}
     constants = {"COUNT": 8, "HAS_BIAS": True, "BLOCK": 1024}
     build(leaves._tree, signature, constants, architecture, num_warps=4)
