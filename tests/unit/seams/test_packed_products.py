@@ -429,15 +429,16 @@ def fault(layer, monkeypatch):
 
 @pytest.mark.parametrize("kind", [COMPRESSED, AWQ], ids=lambda kind: type(kind).__name__)
 def test_a_planted_fault_is_found_and_named(layer, fault, traced, kind):
-    """The halves of each sum over K cancel, so that another order of parts shows."""
+    """The last quarter of each sum over K cancels the others, so that sums of parts show, in whichever order the parts
+    arrive: each part is rounded to fp32."""
     from bi_patch.tools.verify import align
 
     held, _ = layer(kind)
     for weights in layer.dense.values():
-        half = weights.shape[-1] // 2
-        weights[..., half:] = -weights[..., :half]
+        first, *rest = weights.chunk(4, -1)
+        rest[2].copy_(-(first + rest[0] + rest[1]))
     x, *given = routed(40)
-    x[:, K // 2 :] = x[:, : K // 2]
+    x.copy_(x[:, : K // 4].repeat(1, 4))
     experts = Layer(held, (x, *given))
     with fault(held):
         (alone, one), (company, many) = traced(experts, 1), traced(experts, 40)
