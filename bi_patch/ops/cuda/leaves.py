@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bi_patch.errors import CertificateFailed
+from bi_patch.ops.cuda import linear
 from bi_patch.ops.registration import define
 
 if TYPE_CHECKING:
@@ -44,20 +45,13 @@ def define_op() -> None:
     )
 
 
-def fits(rows: torch.Tensor) -> bool:
-    """Whether the kernel's loads fit rows [M, K] or a weight [N, K]."""
-    from bi_patch.kernels.triton import gemm
-
-    return rows.stride(-1) == 1 and gemm.can_describe(rows)
-
-
 def row_parallel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int, ranks: int
 ) -> torch.Tensor:
     """x [..., K / ranks] @ weight [N, K / ranks].T, over all ranks, + bias [N] -> [..., N], on every rank.
 
-    leaves: of this rank's part of K. The weight `fits`, which is checked once, when the model is loaded. Raises
-    CertificateFailed if the dtypes differ, and if no ranks are connected.
+    leaves: of this rank's part of K. The weight is packed (linear.packed), which is checked once, when the model is
+    loaded. Raises CertificateFailed if the dtypes differ, and if no ranks are connected.
     """
     import torch
 
@@ -66,7 +60,7 @@ def row_parallel(
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
         raise CertificateFailed(f"cuda.leaves: no product of {x.dtype} rows and {weight.dtype} weights")
     flat = x.reshape(-1, x.shape[-1])
-    if not fits(flat):
+    if not linear.packed(flat, flat.shape[1]):
         flat = flat.clone(memory_format=torch.contiguous_format)
     if ranks == 1:
         return kernels.product(flat, weight, bias, leaves, x.dtype).view(*x.shape[:-1], weight.shape[0])

@@ -35,7 +35,7 @@ def _forward(original):
 def prepare(model) -> None:
     """Check the layers of a loaded model, and connect its ranks. Raises UnsupportedFeature for what does not fit."""
     from bi_patch.kernels.triton.leaves import step
-    from bi_patch.ops.cuda import leaves as ops
+    from bi_patch.ops.cuda import linear
 
     for layer in model.modules():
         if not leaves.is_row_parallel(layer):
@@ -48,8 +48,8 @@ def prepare(model) -> None:
             step(layer.input_size // active.leaves)
         except ValueError as error:
             leaves.refuse(str(error))
-        if not ops.fits(layer.weight):
-            leaves.refuse("the rows of a weight are not aligned to 16 bytes")
+        if not linear.packed(layer.weight, layer.weight.shape[1]):
+            leaves.refuse("the rows of a weight have gaps or no aligned address")
     leaves.one_zero(model)
     _connect()
 
